@@ -1,0 +1,220 @@
+"""Every exception maia_rt raises, and the catalogue of device faults.
+
+An error is three short parts: what happened, the likely cause, what to try. They are attributes as well as
+text, so a program can show them its own way.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class MaiaError(Exception):
+    """The root of the tree.
+
+    Parameters
+    ----------
+    what : str
+        What happened, one sentence without its full stop.
+    cause : str
+        The likely cause.
+    hint : str
+        What to try.
+    """
+
+    def __init__(self, what: str, *, cause: str = "", hint: str = "") -> None:
+        self.what = what
+        self.cause = cause
+        self.hint = hint
+        text = what
+        if cause:
+            text += f". Likely cause: {cause}"
+        if hint:
+            text += f". Try: {hint}"
+        super().__init__(text)
+
+
+class InvalidArgument(MaiaError, ValueError):
+    """A value the call cannot take: out of range, wrong shape, misaligned."""
+
+
+class InvalidType(MaiaError, TypeError):
+    """An object of the wrong kind: not a buffer, wrong dtype, of another device."""
+
+
+class ClosedError(MaiaError, ValueError):
+    """The object, or one that it depends on, has been closed."""
+
+
+class ForkedError(MaiaError):
+    """A handle made before ``fork`` was used in the child. Open the device anew in the child."""
+
+
+class DeviceNotFound(MaiaError):
+    """No device matches the selector."""
+
+
+class DeviceBusy(MaiaError):
+    """Somebody else holds the device."""
+
+
+class DevicePermission(MaiaError, PermissionError):
+    """The device or its socket may not be opened by this user."""
+
+
+class ContractMismatch(MaiaError):
+    """The device speaks a contract that this version cannot drive."""
+
+
+class Unsupported(MaiaError):
+    """The device, the transport or the host lacks a capability. Nothing was changed."""
+
+
+class TransportError(MaiaError, OSError):
+    """The kernel or the vfio-user server refused a request; ``errno`` says with what."""
+
+    def __init__(self, what: str, *, errno: int = 0, cause: str = "", hint: str = "") -> None:
+        MaiaError.__init__(self, what, cause=cause, hint=hint)
+        self.errno = errno
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ProtocolError(TransportError):
+    """The peer broke the protocol. The connection is of no further use."""
+
+
+class DeviceLost(MaiaError):
+    """The device is gone: its server ended, its link is down, or it reads as all ones."""
+
+
+class DeviceTimeout(MaiaError, TimeoutError):
+    """A deadline passed. The text names what was waited for and who should have signalled."""
+
+
+class ResourceExhausted(MaiaError):
+    """Something ran out; the text says what, how much there is and who holds it."""
+
+
+class OutOfMemory(ResourceExhausted, MemoryError):
+    """No room of that size in device memory or in a pool."""
+
+
+class OutOfQueues(ResourceExhausted):
+    """Every hardware queue is in use."""
+
+
+class QueueFull(ResourceExhausted):
+    """The ring stayed full until the deadline."""
+
+
+class MemlockLimit(ResourceExhausted):
+    """RLIMIT_MEMLOCK, or the IOMMU's entry limit, is too low for the pinned memory asked for."""
+
+
+class ProgramError(MaiaError, ValueError):
+    """A program image was refused. The text names the kernel, the field and what is wrong with it."""
+
+
+class FaultCode(enum.IntEnum):
+    """Why a command failed, as in completion records, progress blocks and the fault log (contract, section Faults)."""
+
+    NONE = 0
+    BAD_OPCODE = 1
+    BAD_FIELD = 2
+    BAD_SEQUENCE = 3
+    ADDRESS = 4
+    CONTEXT = 5
+    SEMAPHORE = 6
+    SEMAPHORE_OVERFLOW = 7
+    BAD_KERNEL = 8
+    PROGRAM = 9
+    TRAP = 10
+    ENGINE_HANG = 11
+    ECC = 12
+    LINK = 13
+    ABORTED = 14
+    DOORBELL = 15
+    RESET = 16
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the catalogue: what a code means and the one action that recovers from it."""
+
+    code: FaultCode
+    meaning: str
+    recovery: str
+
+
+_RESET_QUEUE = "reset the queue and submit again what was lost"
+
+FAULTS: dict[FaultCode, Fault] = {
+    f.code: f
+    for f in (
+        Fault(FaultCode.BAD_OPCODE, "the command's opcode is not one this device knows",
+              "check the contract version the commands were encoded for"),
+        Fault(FaultCode.BAD_FIELD, "a field of the command holds a value it may not have",
+              "correct the command; encode through maia_rt instead of by hand"),
+        Fault(FaultCode.BAD_SEQUENCE, "the slot held an old command: the doorbell went past what was written",
+              "write the slots before the doorbell"),
+        Fault(FaultCode.ADDRESS, "an address is outside host mappings, HBM, SRAM and peer windows",
+              "keep buffers open and mapped until the commands that use them are done"),
+        Fault(FaultCode.CONTEXT, "an address is outside the HBM ranges of the queue's context",
+              "use memory allocated in the same context"),
+        Fault(FaultCode.SEMAPHORE, "a semaphore index does not exist or is read-only",
+              "use a semaphore that was allocated from this device"),
+        Fault(FaultCode.SEMAPHORE_OVERFLOW, "an add moved a semaphore more than 2^31 - 1 past a waiter's value",
+              "reset the semaphore before its distance to the waiters grows that far"),
+        Fault(FaultCode.BAD_KERNEL, "the kernel handle is not loaded, or its units are outside the unit mask",
+              "load the program before launching it and widen the unit mask"),
+        Fault(FaultCode.PROGRAM, "a macro-operation failed at run time", "check the kernel's inputs, indices first"),
+        Fault(FaultCode.TRAP, "a TRAP command ran", _RESET_QUEUE),
+        Fault(FaultCode.ENGINE_HANG, "an engine made no progress within the watchdog's time", _RESET_QUEUE),
+        Fault(FaultCode.ECC, "memory returned an uncorrectable error", "free the buffer, reset the device"),
+        Fault(FaultCode.LINK, "the link to the host or a peer failed", "reset the device"),
+        Fault(FaultCode.ABORTED, "the command was aborted on request", _RESET_QUEUE),
+        Fault(FaultCode.DOORBELL, "the doorbell moved by more than the ring holds, or backwards", _RESET_QUEUE),
+        Fault(FaultCode.RESET, "the queue or the device was reset before the command ran", "submit the command again"),
+    )
+}
+
+
+class DeviceFault(MaiaError):
+    """A command failed on the device.
+
+    Attributes
+    ----------
+    code : FaultCode
+    device, queue : str, int
+        Where.
+    sequence : int
+        The failed command's sequence number in its queue.
+    address : int
+        The address that could not be reached, 0 where the fault has none.
+    command : str
+        The command, decoded.
+    """
+
+    def __init__(self, code: int, *, device: str, queue: int, sequence: int, address: int = 0,
+                 command: str = "", detail: str = "") -> None:
+        try:
+            row = FAULTS[FaultCode(code)]
+        except (ValueError, KeyError):
+            row = Fault(FaultCode.NONE, f"the device reported the unknown fault code {code}", "update maia_rt")
+        self.code = row.code
+        self.device = device
+        self.queue = queue
+        self.sequence = sequence
+        self.address = address
+        self.command = command
+        what = f"{device}: queue {queue}: command {sequence} failed: {row.code.name}"
+        if address:
+            what += f" at {address:#018x}"
+        if command:
+            what += f" in {command}"
+        if detail:
+            what += f" ({detail})"
+        super().__init__(what, cause=row.meaning, hint=row.recovery)
