@@ -1,0 +1,1 @@
+"""Memory that a device can reach: I/O addresses, pinned host memory, and the heap of device memory."""

@@ -1,0 +1,1 @@
+"""PCI itself: addresses, what sysfs says, configuration space."""
