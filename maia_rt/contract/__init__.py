@@ -1,0 +1,1 @@
+"""What hardware, firmware, driver and compiler agree on: registers, commands, records, program images."""

@@ -1,0 +1,273 @@
+"""Commands, completion records and admin commands: every structure that device and driver share in memory.
+
+Little endian, naturally aligned, no padding but what is named ``reserved`` (written as zero, checked by the device).
+docs/contract.md says what each field means and in which order things are written; ``_fast/commands.pxd`` is generated
+from this file.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+CONTRACT_MAJOR = 1
+CONTRACT_MINOR = 0
+
+COMMAND_BYTES = 64
+REPORT_BYTES = 32
+PROGRESS_BYTES = 64
+DOORBELL_STRIDE = 4096
+SRAM_STRIDE_LOG2 = 32
+"""Tile t's SRAM starts at TILE_SRAM_BASE + (t << SRAM_STRIDE_LOG2); clusters likewise."""
+
+
+class Opcode(enum.IntEnum):
+    """Command opcodes. 0 is none, so a zeroed slot is a fault and not a command."""
+
+    NOP = 1
+    COPY = 2
+    COPY_ND = 3
+    FILL = 4
+    WRITE_IMM = 5
+    LAUNCH = 6
+    CRC = 7
+    SIGNAL_REMOTE = 8
+    INDIRECT = 9
+    TRAP = 10
+
+
+class CommandFlag(enum.IntFlag):
+    """Command flags; other bits are a BAD_FIELD fault."""
+
+    BARRIER = 1
+    """The command starts only after every earlier command of its queue has retired."""
+    REPORT = 2
+    """Write a report record when the command is done, not only when it fails."""
+
+
+class WaitOp(enum.IntEnum):
+    """Pre-semaphore operations. Comparisons are serial: ``(int32)(semaphore - value)``."""
+
+    NONE = 0
+    GE = 1
+    EQ = 2
+    ACQUIRE = 3
+    """Wait >=, then subtract the value, as one step."""
+
+
+class PostOp(enum.IntEnum):
+    """Post-semaphore operations."""
+
+    NONE = 0
+    SET = 1
+    ADD = 2
+
+
+SEMAPHORE_OP = np.dtype(
+    {"names": ["index", "op", "reserved", "value"], "formats": ["<u2", "u1", "u1", "<u4"],
+     "offsets": [0, 2, 3, 4], "itemsize": 8}
+)
+
+_PRE_POST = [("pre", SEMAPHORE_OP, (2,)), ("post", SEMAPHORE_OP, (2,))]
+_HEAD = [("opcode", "u1"), ("flags", "u1"), ("sequence", "<u2"), ("units", "<u4"), *_PRE_POST]
+
+
+def _command(*payload: tuple[str, str] | tuple[str, str, tuple[int, ...]]) -> np.dtype[np.void]:
+    dtype = np.dtype([*_HEAD, *payload])
+    if dtype.itemsize != COMMAND_BYTES:
+        raise AssertionError(f"a command is {COMMAND_BYTES} bytes, not {dtype.itemsize}")
+    return dtype
+
+
+COMMAND = _command(("payload", "<u8", (3,)))
+"""Any command; ``units`` is a mask of clusters (LAUNCH; 0 is all) or a byte count (WRITE_IMM), else 0."""
+COPY = _command(("src", "<u8"), ("dst", "<u8"), ("size", "<u8"))
+COPY_ND = _command(("descriptor", "<u8"), ("reserved", "<u8", (2,)))
+FILL = _command(("dst", "<u8"), ("size", "<u8"), ("pattern", "<u4"), ("width", "<u4"))
+WRITE_IMM = _command(("dst", "<u8"), ("data", "u1", (16,)))
+LAUNCH = _command(("kernel", "<u4"), ("arg_count", "<u4"), ("args", "<u8"), ("reserved", "<u8"))
+CRC = _command(("src", "<u8"), ("size", "<u8"), ("result", "<u8"))
+SIGNAL_REMOTE = _command(("address", "<u8"), ("op", "<u4"), ("value", "<u4"), ("reserved", "<u8"))
+INDIRECT = _command(("list", "<u8"), ("count", "<u4"), ("reserved0", "<u4"), ("reserved1", "<u8"))
+TRAP = _command(("code", "<u4"), ("reserved0", "<u4"), ("reserved1", "<u8", (2,)))
+
+COPY_DESCRIPTOR = np.dtype(
+    [("src", "<u8"), ("dst", "<u8"), ("row_bytes", "<u8"), ("rows", "<u4"), ("planes", "<u4"),
+     ("src_row_stride", "<i8"), ("dst_row_stride", "<i8"), ("src_plane_stride", "<i8"), ("dst_plane_stride", "<i8")]
+)
+"""What a COPY_ND command points at (64 bytes, 64-byte aligned): planes x rows runs of row_bytes."""
+
+MAX_INLINE_BYTES = 16
+"""Bytes that one WRITE_IMM carries."""
+MAX_INDIRECT = 1 << 20
+"""Commands in one INDIRECT list."""
+
+REPORT = np.dtype(
+    [("sequence", "<u8"), ("start_ns", "<u8"), ("end_ns", "<u8"), ("status", "<u4"), ("detail", "<u4")]
+)
+"""A report record: ``status`` is a FaultCode, ``detail`` the index in the INDIRECT list or macro-operation."""
+
+PROGRESS = np.dtype(
+    [("progress", "<u8"), ("state", "<u4"), ("fault", "<u4"), ("fault_sequence", "<u8"), ("report_tail", "<u4"),
+     ("reserved", "<u4"), ("reserved1", "<u8", (4,))]
+)
+"""A queue's progress block in host memory, 64 bytes, 64-byte aligned. The device writes ``fault`` and
+``fault_sequence`` before ``state``, a report record before ``report_tail``, both before ``progress``."""
+
+
+class QueueState(enum.IntEnum):
+    """``PROGRESS['state']``."""
+
+    RUNNING = 0
+    STOPPED = 1
+    """A command failed; nothing later has run. Reset the queue to use it again."""
+
+
+# Admin queue -------------------------------------------------------------------------------------------------------
+
+
+class AdminOpcode(enum.IntEnum):
+    """Admin commands; docs/contract.md gives parameters and results."""
+
+    IDENTIFY = 0x01
+    CREATE_QUEUE = 0x10
+    DELETE_QUEUE = 0x11
+    RESET_QUEUE = 0x12
+    LOAD_PROGRAM = 0x20
+    UNLOAD_PROGRAM = 0x21
+    CREATE_CONTEXT = 0x30
+    DELETE_CONTEXT = 0x31
+    SET_FEATURE = 0x40
+    GET_FEATURE = 0x41
+    ABORT = 0x50
+    GET_LOG = 0x60
+
+
+class AdminStatus(enum.IntEnum):
+    """``ADMIN_COMPLETION['status']``."""
+
+    OK = 0
+    INVALID_OPCODE = 1
+    INVALID_FIELD = 2
+    NO_RESOURCE = 3
+    NOT_FOUND = 4
+    IN_USE = 5
+    BAD_ADDRESS = 6
+    PROGRAM_REFUSED = 7
+    INTERNAL = 8
+
+
+class Feature(enum.IntEnum):
+    """SET_FEATURE and GET_FEATURE; all are reset by CONTROL.ENABLE 0 -> 1."""
+
+    WATCHDOG_MS = 1
+    """Milliseconds after which an engine without progress is a fault; 0 never. Default 10,000."""
+
+
+class Log(enum.IntEnum):
+    """GET_LOG pages."""
+
+    COUNTERS = 1
+    """One COUNTERS record."""
+    FAULTS = 2
+    """FAULT records, oldest first; reading does not remove them."""
+
+
+ADMIN_COMMAND = np.dtype([("opcode", "<u2"), ("flags", "<u2"), ("id", "<u4"), ("p", "<u8", (7,))])
+ADMIN_COMPLETION = np.dtype(
+    [("id", "<u4"), ("status", "<u4"), ("result", "<u8", (2,)), ("sequence", "<u4"), ("reserved", "<u4")]
+)
+"""``sequence`` is the command's index + 1 modulo 2^32, written last: the record is valid once it is the expected one."""
+
+IDENTIFY = np.dtype(
+    [("contract_major", "<u2"), ("contract_minor", "<u2"), ("profile", "<u4"), ("model", "S64"), ("firmware", "S32"),
+     ("serial", "S32"), ("reserved", "u1", (376,))]
+)
+"""The IDENTIFY page, 512 bytes. Strings are UTF-8, padded with zeros."""
+
+CREATE_QUEUE = np.dtype(
+    [("ring", "<u8"), ("progress", "<u8"), ("reports", "<u8"), ("initial", "<u8"), ("entries_log2", "u1"),
+     ("reports_log2", "u1"), ("vector", "<u2"), ("context", "<u2"), ("priority", "u1"), ("reserved0", "u1"),
+     ("queue", "<u4"), ("reserved1", "<u4"), ("reserved2", "<u8")]
+)
+"""Parameters of CREATE_QUEUE, in place of ``p``. ``queue`` is the id asked for, or ANY_QUEUE; ``vector`` is
+NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: the id."""
+ANY_QUEUE = 0xFFFFFFFF
+NO_VECTOR = 0xFFFF
+
+RANGE = np.dtype([("base", "<u8"), ("size", "<u8")])
+"""One HBM range of CREATE_CONTEXT's list."""
+
+COUNTER_NAMES = (
+    "time_ns", "commands", "commands_failed", "doorbells", "wakes", "interrupts", "launches", "macro_ops", "macs",
+    "vector_elements", "bytes_host_to_device", "bytes_device_to_host", "bytes_device_to_device", "bytes_host_to_host",
+    "bytes_tile_in", "bytes_tile_out", "busy_ns_command", "busy_ns_dma", "busy_ns_tensor", "busy_ns_vector",
+    "admin_commands", "dma_messages", "faults", "sleeps",
+)
+COUNTERS = np.dtype([*((n, "<u8") for n in COUNTER_NAMES), ("by_opcode", "<u8", (16,))])
+"""What the device did since CONTROL.ENABLE. ``macs`` are multiply-adds of tensor units, ``vector_elements`` results of
+vector units; ``bytes_tile_*`` moved by tile DMA engines; ``by_opcode`` counts commands, those of INDIRECT lists too."""
+
+FAULT = np.dtype(
+    [("time_ns", "<u8"), ("sequence", "<u8"), ("address", "<u8"), ("code", "<u4"), ("queue", "<u4"), ("unit", "<u4"),
+     ("detail", "<u4"), ("kernel", "<u4"), ("reserved", "<u4"), ("command", "u1", (64,)), ("reserved1", "u1", (16,))]
+)
+"""A fault log entry, 128 bytes: ``unit`` is the tile or NO_UNIT, ``detail`` as in REPORT, ``command`` as fetched."""
+NO_UNIT = 0xFFFFFFFF
+FAULT_LOG_ENTRIES = 64
+
+
+def decode(raw: bytes | np.ndarray) -> str:
+    """One command as a line of text, for errors and tools.
+
+    Parameters
+    ----------
+    raw : bytes or ndarray of uint8
+        The 64 bytes as they lie in the ring.
+
+    Returns
+    -------
+    str
+        Such as ``COPY src=0x10000 dst=0x1000000000000 size=4096 pre=[#70>=3]``. Unknown opcodes are shown in hex.
+    """
+    data = bytes(raw)
+    if len(data) != COMMAND_BYTES:
+        return f"{len(data)} bytes that are no command"
+    head = np.frombuffer(data, COMMAND)[0]
+    try:
+        opcode = Opcode(int(head["opcode"]))
+    except ValueError:
+        return f"opcode {int(head['opcode']):#04x}"
+    parts = [opcode.name]
+    dtype = _PAYLOADS.get(opcode)
+    if dtype is not None:
+        row = np.frombuffer(data, dtype)[0]
+        for name in (dtype.names or ())[len(_HEAD):]:
+            if name.startswith("reserved"):
+                continue
+            value = row[name]
+            if isinstance(value, np.ndarray):
+                parts.append(f"{name}={value.tobytes().hex()}")
+            else:
+                shown = f"{int(value)}" if name in _DECIMAL else f"{int(value):#x}"
+                parts.append(f"{name}={shown}")
+    if int(head["units"]):
+        parts.append(f"units={int(head['units']):#x}")
+    if int(head["flags"]):
+        parts.append(f"flags={CommandFlag(int(head['flags']) & 3)!s}")
+    for field, ops, signs in (("pre", WaitOp, _WAIT_SIGNS), ("post", PostOp, _POST_SIGNS)):
+        shown_ops = [f"#{int(s['index'])}{signs.get(int(s['op']), '?')}{int(s['value'])}"
+                     for s in head[field] if int(s["op"]) != ops.NONE]
+        if shown_ops:
+            parts.append(f"{field}=[{' '.join(shown_ops)}]")
+    return " ".join(parts)
+
+
+_DECIMAL = {"size", "width", "arg_count", "count", "kernel", "code"}
+_WAIT_SIGNS = {1: ">=", 2: "==", 3: ">=-"}
+_POST_SIGNS = {1: "=", 2: "+="}
+_PAYLOADS: dict[Opcode, np.dtype[np.void]] = {
+    Opcode.COPY: COPY, Opcode.COPY_ND: COPY_ND, Opcode.FILL: FILL, Opcode.WRITE_IMM: WRITE_IMM, Opcode.LAUNCH: LAUNCH,
+    Opcode.CRC: CRC, Opcode.SIGNAL_REMOTE: SIGNAL_REMOTE, Opcode.INDIRECT: INDIRECT, Opcode.TRAP: TRAP,
+}
