@@ -494,7 +494,6 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
     operand = ops["operand"]
     space = operand["space"].astype(np.int64)
     dtype = operand["dtype"].astype(np.int64)
-    index = operand["index"].astype(np.int64)
     buffers = [a.nbytes if a.kind != ArgKind.SCALAR else -1 for a in kernel.args]
     writable = np.array([a.kind in (ArgKind.OUT, ArgKind.INOUT) for a in kernel.args] + [False])
     sizes = np.array([*buffers, -1], np.int64)
@@ -505,10 +504,11 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
         may = want | np.isin(opcode, list(_OPTIONAL[slot]))
         s = space[:, slot]
         refuse(want & (s == Space.NONE), name, "is missing")
-        refuse(~may & (operand[:, slot].view(f"V{OPERAND.itemsize}") != np.zeros(1, OPERAND).view(f"V{OPERAND.itemsize}")),
-               name, "is not this operation's")
+        raw = np.ascontiguousarray(operand[:, slot]).view("u1").reshape(len(ops), OPERAND.itemsize)
+        refuse(~may & raw.any(axis=1), name, "is not this operation's")
         refuse(s > Space.ARG, f"{name}.space", "does not exist")
         used = s != Space.NONE
+        index = operand["index"][:, slot].astype(np.int64)
         refuse(used & ~dma & (s != Space.TILE), f"{name}.space", "is not TILE")
         d = dtype[:, slot]
         indices = (opcode == MacroOp.GATHER) & (slot == B)
