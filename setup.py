@@ -1,6 +1,7 @@
-"""The extensions. Everything else about the distribution is in pyproject.toml."""
+"""The extensions: every .pyx of maia_rt/_fast and of the emulator. Everything else is in pyproject.toml."""
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -13,17 +14,27 @@ if os.environ.get("MAIA_SANITIZE"):
     compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     link_args += ["-fsanitize=address,undefined"]
 
+# The C beside a .pyx, by the extension's last name.
+C_SOURCES: dict[str, list[str]] = {}
 
-def extension(name: str, *sources: str, **options: object) -> Extension:
-    """An extension with the project's flags."""
-    return Extension(name, list(sources), extra_compile_args=compile_args, extra_link_args=link_args, **options)
+
+def extensions(package: str, folder: str) -> list[Extension]:
+    """One extension a .pyx, with the project's flags; headers in csrc are found and watched."""
+    headers = sorted(str(p) for p in Path(folder, "csrc").glob("*.h"))
+    return [
+        Extension(
+            f"{package}.{path.stem}", [str(path), *C_SOURCES.get(path.stem, [])],
+            include_dirs=[f"{folder}/csrc"] if headers else [], depends=headers,
+            extra_compile_args=compile_args, extra_link_args=link_args,
+        )
+        for path in sorted(Path(folder).glob("*.pyx"))
+    ]
 
 
 setup(
     ext_modules=cythonize(
-        [
-            extension("maia_rt._fast.ring", "maia_rt/_fast/ring.pyx"),
-        ],
+        extensions("maia_rt._fast", "maia_rt/_fast") + extensions("maia_emulator", "emulator/maia_emulator"),
+        include_path=["."],
         compiler_directives={"language_level": 3},
         annotate=bool(os.environ.get("MAIA_ANNOTATE")),
     )

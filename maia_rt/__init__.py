@@ -1,0 +1,1 @@
+"""Userspace driver and runtime for a MAIA-like PCIe AI accelerator."""
