@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Access = Literal["ro", "rw", "wo", "w1c", "pulse"]
-"""``ro`` ignores writes; ``wo`` reads as zero; ``w1c``: a written 1 clears the bit; ``pulse``: a written 1 acts once."""
+"""``ro`` ignores writes; ``wo`` reads as zero; ``w1c``: a written 1 clears the bit; ``pulse``: a written 1 acts once.
+"""
 
 
 @dataclass(frozen=True)

