@@ -1,1 +1,5 @@
 """Access to a PCI device, whoever serves it: the kernel's VFIO or a vfio-user server."""
+
+from maia_rt.transport.protocol import Access, DeviceInfo, DmaMemory, IrqInfo, RegionInfo, Transport
+
+__all__ = ["Access", "DeviceInfo", "DmaMemory", "IrqInfo", "RegionInfo", "Transport"]

@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -360,7 +361,7 @@ def _bad_version(reason: str) -> ProtocolError:
 
 
 def _integer(mapping: dict[str, Any], key: str, default: int, low: int, high: int) -> int:
-    value = mapping.get(key, default)
+    value = mapping.get(key.rpartition(".")[2], default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise _bad_version(f"'{key}' is not an integer")
     if not low <= value <= high:
@@ -374,7 +375,7 @@ def _twin(twin: Any) -> tuple[bool, int | None]:
     supported = twin.get("supported", False)
     if not isinstance(supported, bool):
         raise _bad_version("'twin_socket.supported' is not true or false")
-    fd_index = _integer(twin, "fd_index", 0, 0, MAX_MSG_FDS) if "fd_index" in twin else None
+    fd_index = _integer(twin, "twin_socket.fd_index", 0, 0, MAX_MSG_FDS) if "fd_index" in twin else None
     return supported, fd_index
 
 
@@ -382,10 +383,10 @@ def _check_migration(migration: Any) -> None:
     # QEMU and libvfio-user still send this object of the old migration protocol: checked, then unused.
     if not isinstance(migration, dict):
         raise _bad_version("'migration' is not an object")
-    page = _integer(migration, "pgsize", 4096, 1, 2**64 - 1)
+    page = _integer(migration, "migration.pgsize", 4096, 1, 2**64 - 1)
     if page % 4096:
         raise _bad_version(f"'migration.pgsize' is {page}, not a multiple of 4096")
-    _integer(migration, "max_bitmap_size", 0, 0, 2**64 - 1)
+    _integer(migration, "migration.max_bitmap_size", 0, 0, 2**64 - 1)
 
 
 # --- region information and its capability chain ---------------------------------------------------------------------
@@ -479,7 +480,9 @@ def close_fds(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def recv_exact(sock: socket.socket, buffer: bytearray | memoryview, max_fds: int = 0) -> list[int]:
+def recv_exact(
+    sock: socket.socket, buffer: bytearray | memoryview, max_fds: int = 0, deadline: float | None = None
+) -> list[int]:
     """Fill `buffer` from the stream, and take the descriptors that come with its bytes.
 
     Parameters
@@ -489,6 +492,9 @@ def recv_exact(sock: socket.socket, buffer: bytearray | memoryview, max_fds: int
         Filled to its last byte; nothing beyond it is read.
     max_fds : int
         Room for descriptors. With 0 the kernel drops any that arrive.
+    deadline : float, optional
+        A ``time.monotonic`` moment after which a peer that sends drop by drop is given up. It bounds the whole; the
+        socket's own time-out bounds each wait.
 
     Returns
     -------
@@ -502,7 +508,7 @@ def recv_exact(sock: socket.socket, buffer: bytearray | memoryview, max_fds: int
     ProtocolError
         More descriptors came than there was room for.
     TimeoutError, BlockingIOError
-        The socket's time-out passed. Bytes may be lost: the stream cannot be read on.
+        The socket's time-out or the deadline passed. Bytes may be lost: the stream cannot be read on.
 
     On every error the descriptors received so far are closed.
     """
@@ -526,6 +532,8 @@ def recv_exact(sock: socket.socket, buffer: bytearray | memoryview, max_fds: int
             if count == 0:
                 raise EOFError(f"the peer closed the connection after {done} of {want} bytes")
             done += count
+            if deadline is not None and done < want and time.monotonic() > deadline:
+                raise TimeoutError(f"{done} of {want} bytes came in time")
     except BaseException:
         close_fds(fds)
         raise
