@@ -1,0 +1,5 @@
+from maia_rt._fast.commands cimport command_t
+
+
+cdef class Command:
+    cdef command_t raw

@@ -1,0 +1,305 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Waiting for a queue's progress word: spin a little, then arm the queue's vector and sleep.
+
+Several threads may wait for different sequence numbers of one queue, which has one vector and one ARM word:
+
+    leader      polls the queue's eventfd, the transport and the device's event vector
+    followers   poll an eventfd of their own, which the leader writes when they are done or shall lead
+
+ARM always holds the smallest sequence that anybody waits for. Whoever stores it fences and reads progress again, and the
+device does the same the other way round (progress, fence, ARM), so one of the two sees the other and no wake-up is lost.
+The mutex is held for a few loads and stores only and never while the GIL is taken.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.unistd cimport close, usleep
+
+from maia_rt._fast.atomics cimport fence, load32, load64, now_ns, pause, store32, store64
+from maia_rt._fast.commands cimport QUEUE_RUNNING, progress_t
+from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE
+
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_mutex_init(pthread_mutex_t *, const void *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+
+cdef extern from "<poll.h>" nogil:
+    """
+    #include <poll.h>
+    #include <unistd.h>
+    static inline int maia_ppoll(struct pollfd *fds, nfds_t n, int64_t ns) {
+        struct timespec t = {ns / 1000000000, ns % 1000000000};
+        return ppoll(fds, n, &t, 0);
+    }
+    /* An eventfd that cannot take another count is readable already; one that has none was drained by somebody else. */
+    static inline void maia_kick(int fd) {
+        uint64_t one = 1;
+        if (write(fd, &one, sizeof one) < 0) {}
+    }
+    static inline void maia_drain(int fd) {
+        uint64_t count;
+        if (read(fd, &count, sizeof count) < 0) {}
+    }
+    """
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    short POLLIN, POLLERR, POLLHUP, POLLNVAL, POLLRDHUP
+    int maia_ppoll(pollfd *fds, unsigned long count, int64_t timeout_ns)
+    void kick "maia_kick"(int fd)
+    void drain "maia_drain"(int fd)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef enum:
+    PAUSES = 16  # between two looks at the clock
+
+
+cdef class Waiters:
+    """Who waits for one queue.
+
+    Parameters of the constructor are set by `maia_rt._fast.ring.Ring`, which owns the memory pointed into.
+    """
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.mutex, NULL)
+        self.queue_fd = self.liveness_fd = self.event_fd = -1
+
+    def __init__(self, int queue_fd, int liveness_fd, int event_fd, int64_t spin_ns, wake, service, on_event):
+        self.queue_fd = queue_fd
+        self.liveness_fd = liveness_fd
+        self.event_fd = event_fd
+        self.spin_ns = self.spin_budget_ns = spin_ns
+        self.wake = wake
+        self.service = service
+        self.on_event = on_event
+
+    def __dealloc__(self):
+        while self.spare_count:
+            self.spare_count -= 1
+            close(self.spares[self.spare_count])
+        pthread_mutex_destroy(&self.mutex)
+
+    cdef int wait(self, uint64_t sequence, int64_t timeout_ns) except -1:
+        """Wait until progress reaches `sequence`. The caller holds the GIL; a signal handler's exception ends the wait."""
+        cdef int status = self.look(sequence)
+        if status != PENDING:
+            return status
+        if timeout_ns <= 0:
+            return TIMED_OUT
+        cdef int64_t start = now_ns()
+        self.active += 1
+        try:
+            with nogil:
+                status = Waiters_spin(self, sequence, min(timeout_ns, self.spin_budget_ns), start)
+                if status == PENDING:
+                    status = Waiters_block(self, sequence, start + timeout_ns)
+                    # A wait that spinning would have covered brings the budget back; one that was long halves it.
+                    if now_ns() - start < self.spin_ns:
+                        self.spin_budget_ns = self.spin_ns
+                    else:
+                        self.spin_budget_ns = max(self.spin_budget_ns // 2, self.spin_ns // 16)
+                else:
+                    self.spin_budget_ns = self.spin_ns
+        finally:
+            self.active -= 1
+        return status
+
+    cdef int look(self, uint64_t sequence) noexcept nogil:
+        """What is known now. Done comes first: what the device finished before it stopped is finished."""
+        # The device writes state before the progress that follows it, but a queue that stops makes none: read the state
+        # first, so that a command that retired before the stop is never reported as lost to it.
+        cdef uint32_t state = load32(&self.progress.state)
+        if <int64_t>(load64(&self.progress.progress) - sequence) >= 0:
+            return DONE
+        if state != QUEUE_RUNNING:
+            return STOPPED
+        if load32(&self.closing):
+            return CLOSED
+        return PENDING
+
+    cdef void kick_all(self) noexcept nogil:
+        """Make everybody look again: the device told that something happened, or the queue closes."""
+        cdef waiter_t *waiter
+        pthread_mutex_lock(&self.mutex)
+        waiter = self.first
+        while waiter != NULL:
+            kick(waiter.fd)
+            waiter = waiter.next
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef bint shut(self, int64_t timeout_ns):
+        """End every wait with CLOSED; return whether all have ended within the time."""
+        cdef int64_t deadline = now_ns() + timeout_ns
+        store32(&self.closing, 1)
+        with nogil:
+            self.kick_all()
+        while self.active and now_ns() < deadline:
+            with nogil:
+                usleep(200)
+        return self.active == 0
+
+    cdef bint device_sleeps(self) noexcept nogil:
+        """Whether the device must be woken to see what was just stored in the doorbell page."""
+        if not self.can_sleep:
+            return False
+        fence()
+        return load32(self.doorbell + DOORBELL_NEEDS_WAKE) != 0
+
+
+cdef int Waiters_spin(Waiters self, uint64_t sequence, int64_t budget_ns, int64_t start) noexcept nogil:
+    cdef int status, i
+    while True:
+        for i in range(PAUSES):
+            status = self.look(sequence)
+            if status != PENDING:
+                return status
+            pause()
+        if now_ns() - start >= budget_ns:
+            return PENDING
+
+
+cdef int Waiters_block(Waiters self, uint64_t sequence, int64_t deadline) except -1 nogil:
+    cdef waiter_t me
+    cdef bint must_wake
+    cdef int status
+    me.sequence = sequence
+    pthread_mutex_lock(&self.mutex)
+    if self.spare_count:
+        self.spare_count -= 1
+        me.fd = self.spares[self.spare_count]
+    else:
+        me.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if me.fd < 0:
+        pthread_mutex_unlock(&self.mutex)
+        with gil:
+            raise OSError(errno, "eventfd")
+    me.leads = self.first == NULL
+    me.next = self.first
+    self.first = &me
+    self.sleeps += 1
+    must_wake = Waiters_arm(self)
+    pthread_mutex_unlock(&self.mutex)
+    try:
+        status = Waiters_sleep(self, &me, deadline, must_wake)
+    finally:
+        must_wake = Waiters_leave(self, &me)
+    if must_wake:
+        with gil:
+            self.wake()
+    return status
+
+
+cdef int Waiters_sleep(Waiters self, waiter_t *me, int64_t deadline, bint must_wake) except -1 nogil:
+    cdef pollfd fds[4]
+    cdef int status, count
+    cdef uint32_t led = me.leads, leads
+    cdef int64_t left
+    while True:
+        status = self.look(me.sequence)
+        if status != PENDING:
+            return status
+        leads = load32(&me.leads)
+        if leads and not led:
+            # The last leader's interrupt may have been for somebody else.
+            led = leads
+            pthread_mutex_lock(&self.mutex)
+            must_wake = Waiters_arm(self) or must_wake
+            pthread_mutex_unlock(&self.mutex)
+        if must_wake:
+            with gil:
+                self.wake()
+            must_wake = False
+        left = deadline - now_ns()
+        if left <= 0:
+            return TIMED_OUT
+        fds[0] = pollfd(me.fd, POLLIN, 0)
+        fds[1] = pollfd(self.queue_fd, POLLIN, 0)
+        fds[2] = pollfd(self.liveness_fd, POLLIN | POLLRDHUP, 0)
+        fds[3] = pollfd(self.event_fd, POLLIN, 0)
+        count = maia_ppoll(fds, 4 if leads else 1, left)
+        if count < 0:
+            if errno != EINTR:
+                with gil:
+                    raise OSError(errno, "ppoll")
+            with gil:
+                PyErr_CheckSignals()
+            continue
+        if fds[0].revents:
+            drain(me.fd)
+        if not leads:
+            continue
+        if fds[1].revents:
+            drain(self.queue_fd)
+            pthread_mutex_lock(&self.mutex)
+            must_wake = Waiters_arm(self)
+            pthread_mutex_unlock(&self.mutex)
+        if fds[2].revents & (POLLHUP | POLLRDHUP | POLLERR | POLLNVAL):
+            status = self.look(me.sequence)
+            return LOST if status == PENDING else status
+        if fds[2].revents:
+            with gil:
+                self.service()
+        if fds[3].revents:
+            with gil:
+                self.on_event()
+
+
+cdef bint Waiters_arm(Waiters self) noexcept nogil:
+    """Tell those who are done and arm for the next; called with the mutex. Return whether the device must be woken."""
+    cdef waiter_t *waiter
+    cdef uint64_t progress, lowest = 0
+    cdef uint32_t stopped
+    cdef bint found, must_wake = False
+    while True:
+        stopped = load32(&self.progress.state) != QUEUE_RUNNING
+        progress = load64(&self.progress.progress)
+        found = False
+        waiter = self.first
+        while waiter != NULL:
+            if stopped or <int64_t>(progress - waiter.sequence) >= 0:
+                kick(waiter.fd)
+            elif not found or <int64_t>(waiter.sequence - lowest) < 0:
+                found = True
+                lowest = waiter.sequence
+            waiter = waiter.next
+        if not found or lowest == self.armed:
+            return must_wake
+        self.armed = lowest
+        store64(self.doorbell + DOORBELL_ARM, lowest)
+        if self.can_sleep:
+            must_wake = self.device_sleeps()
+        else:
+            fence()
+
+
+cdef bint Waiters_leave(Waiters self, waiter_t *me) noexcept nogil:
+    cdef waiter_t **link
+    cdef bint must_wake = False
+    cdef bint kept = False
+    pthread_mutex_lock(&self.mutex)
+    link = &self.first
+    while link[0] != me:
+        link = &link[0].next
+    link[0] = me.next
+    if self.first != NULL:
+        if me.leads:
+            store32(&self.first.leads, 1)
+            kick(self.first.fd)
+        must_wake = Waiters_arm(self)
+    drain(me.fd)
+    if self.spare_count < 16:
+        self.spares[self.spare_count] = me.fd
+        self.spare_count += 1
+        kept = True
+    pthread_mutex_unlock(&self.mutex)
+    if not kept:
+        close(me.fd)
+    return must_wake
