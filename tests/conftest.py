@@ -1,4 +1,4 @@
-"""What every test gets: after it, file descriptors, threads, child processes and shared maps are back where they were."""
+"""What every test gets: after it, descriptors, threads, child processes and shared maps are back where they were."""
 
 import gc
 import os

@@ -1,7 +1,8 @@
 """Write everything that is generated from the contract: ``python tools/generate.py [DIRECTORY]``.
 
 One place for one fact: registers are described in maia_rt/contract/registers.rdl, structures in commands.py and
-program.py. What is written here is committed, and a test writes it again and compares.
+program.py. What is written here is committed, and a test writes it again and compares. Of docs/contract.md only the
+tables are written.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import contract_page  # noqa: E402
 import memory_layouts  # noqa: E402
 import register_tables  # noqa: E402
 
@@ -25,6 +27,7 @@ def generate() -> dict[str, str]:
         "maia_rt/_fast/commands.pxd": memory_layouts.pxd(),
         "maia_rt/_fast/layout.pyx": memory_layouts.layout(),
         "docs/registers.md": register_tables.markdown(registers),
+        "docs/contract.md": contract_page.markdown(ROOT),
     }
 
 

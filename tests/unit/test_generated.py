@@ -1,17 +1,19 @@
 """Generated files are what the contract's sources say, and the register tables behave."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import memory_layouts
 import pytest
 
-from maia_rt.contract import registers
+from maia_rt.contract import commands, program, registers
 from maia_rt.contract.registers import BAR0, DOORBELL, Bar0, BootState, Doorbell
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("maia_rt/contract/registers.py", "maia_rt/_fast/registers.pxd", "maia_rt/_fast/commands.pxd",
-         "maia_rt/_fast/layout.pyx", "docs/registers.md")
+         "maia_rt/_fast/layout.pyx", "docs/registers.md", "docs/contract.md")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,16 @@ def test_the_msix_structures_lie_in_bar0_behind_the_registers():
     assert last <= registers.MSIX_TABLE_OFFSET
     assert registers.MSIX_TABLE_OFFSET + registers.MSIX_TABLE_BYTES <= registers.MSIX_PBA_OFFSET
     assert registers.MSIX_PBA_OFFSET + registers.MSIX_PBA_BYTES <= registers.BAR0_BYTES
+
+
+def test_every_row_of_the_contract_page_has_a_meaning():
+    rows = [line for line in (ROOT / "docs/contract.md").read_text().splitlines() if line.endswith("| ? |")]
+    assert rows == []
+
+
+def test_the_contract_page_shows_every_structure_and_enumeration():
+    page = (ROOT / "docs/contract.md").read_text()
+    shown = set(re.findall(r"<!-- (?:layout|payload|enum) (\w+) -->", page))
+    classes = {kind.__name__ for kind in memory_layouts.PREFIXES} - {"FaultCode"}
+    structures = {n for m in (commands, program) for n in memory_layouts.every_dtype(m)}
+    assert shown == classes | structures

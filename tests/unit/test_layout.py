@@ -1,15 +1,9 @@
 """The C compiler and numpy put every field of every shared structure at the same place."""
 
-import sys
-from pathlib import Path
-
+import memory_layouts
 import pytest
 
 from maia_rt._fast import layout
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import memory_layouts
 
 COMPILED = layout.structures()
 
