@@ -270,7 +270,7 @@ def check_irq(name: str, irqs: Sequence[IrqInfo], index: int, *, start: int, cou
     if not 0 <= index < len(irqs) or not irqs[index].count:
         raise Unsupported(f"{name}: the device has no interrupt of index {index}")
     have = irqs[index].count
-    if start < 0 or count < 0 or start + count > have:
+    if start < 0 or count < 1 or start + count > have:
         raise InvalidArgument(f"{name}: {count} vectors from {start} on are not within the {have} of interrupt index "
                               f"{index}")
     if flag & ~irqs[index].flags:

@@ -321,7 +321,7 @@ class VfioUserClient(RegisterConnection):
 
     def irq_disable(self, index: int) -> None:
         """Disable every vector of an interrupt index."""
-        check_irq(self._name, self._irqs, index, start=0, count=0)
+        check_irq(self._name, self._irqs, index, start=0, count=1)
         self._set_irqs(uapi.IRQ_SET_DATA_NONE | uapi.IRQ_SET_ACTION_TRIGGER, index, 0, 0)
         self._enabled.discard(index)
 

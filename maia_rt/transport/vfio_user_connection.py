@@ -40,6 +40,9 @@ from maia_rt.transport.wire import Command, Header
 OUR_MAX_MSG_FDS: Final = 16
 OUR_MAX_DATA_XFER_SIZE: Final = 1 << 20
 
+_SERVED_AT_ONCE: Final = 256
+"""Requests of the server that one call of service takes; the socket stays readable for the next call."""
+
 # The states of a connection. Every call compares with READY under the lock, so one comparison covers all the others.
 READY, BUSY, CLOSED, LOST, FORKED = range(5)
 
@@ -185,6 +188,9 @@ class Connection:
         """Return the reply to request `number`; serve the server's commands until it comes."""
         deadline = time.monotonic() + self._timeout
         while True:
+            # A server that goes on asking must not hold this call for ever either.
+            if time.monotonic() > deadline:
+                raise TimeoutError("no reply among the server's messages")
             header, fds = self._receive_header(deadline)
             try:
                 if header.type == wire.TYPE_COMMAND:
@@ -258,7 +264,7 @@ class Connection:
             self._state = BUSY
             served = 0
             try:
-                while self._readable():
+                while served < _SERVED_AT_ONCE and self._readable():
                     self._serve_next("a message of the server")
                     served += 1
                 self._state = READY

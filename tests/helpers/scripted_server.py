@@ -1,7 +1,7 @@
 """A vfio-user peer that plays bytes: what no real server would send, at moments no real server would choose.
 
-It uses nothing of ``maia_rt``. A test writes a function ``script(peer)``; it runs in a thread at one end of a socket pair and
-the client under test holds the other. What the script raises, the test raises.
+It uses nothing of ``maia_rt``. A test writes a function ``script(peer)``; it runs in a thread at one end of a socket pair
+and the client under test holds the other. What the script raises, the test raises.
 """
 
 import array
@@ -13,7 +13,7 @@ import threading
 from collections import namedtuple
 from dataclasses import dataclass, field
 
-Request = namedtuple("Request", "id command flags body fds")
+Request = namedtuple("Request", "id command flags body fds raw")
 
 
 class Peer:
@@ -40,7 +40,7 @@ class Peer:
         raw, fds = self.recv(16)
         number, got, size, flags, _ = struct.unpack("<HHIII", raw)
         body = self.recv(size - 16)[0] if size > 16 else b""
-        message = Request(number, got, flags, body, fds)
+        message = Request(number, got, flags, body, fds, raw + body)
         self.seen.append(message)
         assert command is None or got == command, f"expected command {command}, got {got}"
         return message
@@ -139,7 +139,7 @@ def playing(script):
 
 def until_closed(peer):
     """Answer what a client says while it closes, and end when it has."""
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             request = peer.request()
             if not request.flags & 0x10:

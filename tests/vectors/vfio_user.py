@@ -1,7 +1,7 @@
 """vfio-user messages written by hand from the specification's text, byte by byte.
 
-They are not made by ``maia_rt.transport.wire``: client and server share that file and could agree on the same mistake. Each
-message stands as the bytes on the socket, one field a line, little endian.
+They are not made by ``maia_rt.transport.wire``: client and server share that file and could agree on the same mistake.
+Each message stands as the bytes on the socket, one field a line, little endian.
 """
 
 # Header: id u16, command u16, size u32, flags u32, errno u32.
