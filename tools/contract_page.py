@@ -1,8 +1,8 @@
 """Keeps the tables of docs/contract.md at what the code says.
 
 A table between ``<!-- KIND NAME -->`` and ``<!-- end -->`` gets its names, offsets, sizes and values from the
-contract's sources; the last column, the meaning, is written by hand and kept. Kinds: ``layout`` and ``payload`` (structures),
-``enum``, ``constants``, ``faults``.
+contract's sources; the last column, the meaning, is written by hand and kept. Kinds: ``layout`` and ``payload``
+(structures), ``enum``, ``constants``, ``faults``.
 """
 
 from __future__ import annotations
