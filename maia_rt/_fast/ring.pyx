@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, binding=False
 """A queue's submission ring, progress block and report ring, as the driver sees them.
 
-Indices run freely in 64 bits and are masked where a slot is touched; the device sees their low 32 bits. The command that
-is written at index i has the sequence number i + 1: it is done once progress, the number of commands retired, is that
-large. Its low 16 bits stand in the command, so the device notices a slot that was not written anew.
+Indices run freely in 64 bits and are masked where a slot is touched; the device sees their low 32 bits. The command
+that is written at index i has the sequence number i + 1: it is done once progress, the number of commands retired, is
+that large. Its low 16 bits stand in the command, so the device notices a slot that was not written anew.
 
 One thread at a time writes to the ring. For single commands that is the holder of the GIL, which is never released
 between the choice of a slot and the doorbell. A batch does release it: then `gate` sends the others to a mutex.
@@ -327,15 +327,15 @@ cdef class Ring:
         return load64(&self.progress_block.progress)
 
     def done(self, uint64_t sequence):
-        """Say whether the command `sequence` has retired."""
+        """Say whether the command `sequence` has retired and did not fail."""
         Ring_must_be_open(self)
-        return <int64_t>(load64(&self.progress_block.progress) - sequence) >= 0
+        return self.waiters.look(sequence) == DONE
 
     def wait(self, uint64_t sequence, int64_t timeout_ns):
         """Wait until the command `sequence` has retired; return a ``WAIT_*`` status.
 
-        Any number of threads may wait. A signal whose handler raises ends the wait with that exception; so do exceptions
-        of the callables that the ring was given.
+        Any number of threads may wait. A signal whose handler raises ends the wait with that exception; so do
+        exceptions of the callables that the ring was given.
         """
         Ring_must_be_open(self)
         cdef int status = self.waiters.wait(sequence, timeout_ns)

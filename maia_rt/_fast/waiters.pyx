@@ -6,9 +6,9 @@ Several threads may wait for different sequence numbers of one queue, which has 
     leader      polls the queue's eventfd, the transport and the device's event vector
     followers   poll an eventfd of their own, which the leader writes when they are done or shall lead
 
-ARM always holds the smallest sequence that anybody waits for. Whoever stores it fences and reads progress again, and the
-device does the same the other way round (progress, fence, ARM), so one of the two sees the other and no wake-up is lost.
-The mutex is held for a few loads and stores only and never while the GIL is taken.
+ARM always holds the smallest sequence that anybody waits for. Whoever stores it fences and reads progress again; the
+device does the same the other way round (progress, fence, ARM), so one of the two sees the other and no wake-up is
+lost. The mutex is held for a few loads and stores only and never while the GIL is taken.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -17,7 +17,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.unistd cimport close, usleep
 
 from maia_rt._fast.atomics cimport fence, load32, load64, now_ns, pause, store32, store64
-from maia_rt._fast.commands cimport QUEUE_RUNNING, progress_t
+from maia_rt._fast.commands cimport QUEUE_RUNNING
 from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE
 
 
@@ -88,7 +88,8 @@ cdef class Waiters:
         pthread_mutex_destroy(&self.mutex)
 
     cdef int wait(self, uint64_t sequence, int64_t timeout_ns) except -1:
-        """Wait until progress reaches `sequence`. The caller holds the GIL; a signal handler's exception ends the wait."""
+        """Wait until progress reaches `sequence`. The caller holds the GIL; a signal handler's exception ends the wait.
+        """
         cdef int status = self.look(sequence)
         if status != PENDING:
             return status
@@ -113,17 +114,15 @@ cdef class Waiters:
         return status
 
     cdef int look(self, uint64_t sequence) noexcept nogil:
-        """What is known now. Done comes first: what the device finished before it stopped is finished."""
-        # The device writes state before the progress that follows it, but a queue that stops makes none: read the state
-        # first, so that a command that retired before the stop is never reported as lost to it.
-        cdef uint32_t state = load32(&self.progress.state)
-        if <int64_t>(load64(&self.progress.progress) - sequence) >= 0:
+        """What is known now of the command `sequence`."""
+        # Contract 7.5: progress is read before state, and what a stopped queue had before its fault is retired. The failed
+        # command itself counts as retired too.
+        cdef bint reached = <int64_t>(load64(&self.progress.progress) - sequence) >= 0
+        if load32(&self.progress.state) != QUEUE_RUNNING:
+            return STOPPED if <int64_t>(sequence - self.progress.fault_sequence) >= 0 else DONE
+        if reached:
             return DONE
-        if state != QUEUE_RUNNING:
-            return STOPPED
-        if load32(&self.closing):
-            return CLOSED
-        return PENDING
+        return CLOSED if load32(&self.closing) else PENDING
 
     cdef void kick_all(self) noexcept nogil:
         """Make everybody look again: the device told that something happened, or the queue closes."""
@@ -155,9 +154,9 @@ cdef class Waiters:
 
 
 cdef int Waiters_spin(Waiters self, uint64_t sequence, int64_t budget_ns, int64_t start) noexcept nogil:
-    cdef int status, i
+    cdef int status, _i
     while True:
-        for i in range(PAUSES):
+        for _i in range(PAUSES):
             status = self.look(sequence)
             if status != PENDING:
                 return status
