@@ -1,0 +1,139 @@
+"""The command line: ``python -m maia_emulator --socket PATH``, which ``maia emulate`` calls too."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+
+from maia_emulator.function import DEVICE_ID, VENDOR_ID, Function
+from maia_emulator.profiles import PROFILES
+from maia_emulator.server import ListeningSocket, Server, ServerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, or until the client of ``--fd`` goes.
+
+    Prints ``listening on PATH`` on stdout, one line a device, when clients may connect.
+
+    Returns
+    -------
+    int
+        0 after an orderly end, 1 where a socket cannot be served. Wrong usage ends the process with 2.
+    """
+    options = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return _run(options)
+    except ServerError as error:
+        print(f"maia_emulator: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as cleanup:
+        # Sockets first, devices and their threads after: see ListeningSocket.
+        ends: list[ListeningSocket | socket.socket] = []
+        for path in _paths(options):
+            ends.append(ListeningSocket(path))
+            cleanup.callback(ends[-1].close)
+        if options.fd is not None:
+            ends.append(_inherited(options.fd))
+            cleanup.callback(ends[-1].close)
+        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        cleanup.callback(os.close, done)
+        cleanup.enter_context(_signals_wake(done))
+        servers = []
+        for number, end in enumerate(ends):
+            function = Function(
+                PROFILES[options.profile], seed=options.seed, number=number, workers=options.workers,
+                vendor_id=options.vendor_id, device_id=options.device_id,
+            )
+            server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
+            cleanup.callback(server.stop)
+            server.start()
+            servers.append(server)
+        for end in ends:
+            if isinstance(end, ListeningSocket):
+                print(f"listening on {end.path}", flush=True)
+        ready = select.poll()
+        ready.register(done, select.POLLIN)
+        ready.poll()
+    return 0
+
+
+@contextlib.contextmanager
+def _signals_wake(eventfd: int) -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into a count on an eventfd; further ones change nothing."""
+    def count(_number: int, _frame: object) -> None:
+        os.eventfd_write(eventfd, 1)
+
+    before = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _paths(options: argparse.Namespace) -> list[str]:
+    if options.socket is None:
+        return []
+    if options.devices == 1:
+        return [options.socket]
+    return [f"{options.socket}.{number}" for number in range(options.devices)]
+
+
+def _inherited(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ServerError(f"descriptor {fd} is no socket: {error.strerror}") from None
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.detach()
+        raise ServerError(f"descriptor {fd} is no unix stream socket")
+    sock.set_inheritable(False)
+    return sock
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maia_emulator", description="Serve emulated MAIA-like devices on vfio-user sockets.",
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket", metavar="PATH", help="listen here; with --devices on PATH.0, PATH.1 ...")
+    where.add_argument("--fd", type=_count, metavar="N", help="serve the one client of this connected descriptor")
+    parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many devices (default 1)")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="small", help="what device (default small)")
+    parser.add_argument("--seed", type=_count, default=0, help="serial numbers and random choices follow it (default 0)")
+    parser.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
+    parser.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")
+    parser.add_argument("--device-id", type=_id, default=DEVICE_ID, metavar="ID", help=f"default {DEVICE_ID:#06x}")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text, 0)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if not 1 <= value <= 64:
+        raise argparse.ArgumentTypeError(f"{text} is not within 1 to 64")
+    return value
+
+
+def _id(text: str) -> int:
+    value = int(text, 16)
+    if not 0 <= value <= 0xFFFF:
+        raise argparse.ArgumentTypeError(f"{text} is no 16-bit id")
+    return value

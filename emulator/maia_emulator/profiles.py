@@ -1,0 +1,90 @@
+"""The devices that the emulator can be: counts and sizes, and nothing else.
+
+Public (Hot Chips 2024 for Maia 100; the announcement of 2026-01-26 and Hot Chips 2026 for Maia 200): tiles and
+clusters, 64 GB and 216 GB of HBM, 3 MiB of SRAM a tile and 35 MB a cluster on Maia 200, PCIe Gen5 x8 and Gen6 x8.
+Everything else is ours: the SRAM sizes of maia100, queues, semaphores, contexts, program limits, and all of `small`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from maia_rt.contract.program import Capabilities
+from maia_rt.contract.registers import Profile as ProfileId
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kind of device.
+
+    Attributes
+    ----------
+    hbm_bar_bytes : int
+        Size of BAR 4: the power of two that holds HBM.
+    link_speed : int
+        PCIe generation, as in Link Capabilities.
+    """
+
+    id: ProfileId
+    model: str
+    clusters: int
+    tiles_per_cluster: int
+    tile_sram_bytes: int
+    cluster_sram_bytes: int
+    hbm_bytes: int
+    link_speed: int
+    max_queues: int = 64
+    semaphores: int = 1024
+    min_entries_log2: int = 2
+    max_entries_log2: int = 16
+    max_contexts: int = 32
+    ranges_per_context: int = 8
+    max_kernels: int = 4096
+    max_args: int = 32
+    tile_semaphores: int = 64
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the whole device."""
+        return self.clusters * self.tiles_per_cluster
+
+    @property
+    def vectors(self) -> int:
+        """MSI-X vectors: 0 for the device, one a queue."""
+        return self.max_queues + 1
+
+    @property
+    def hbm_bar_bytes(self) -> int:
+        """A BAR is a power of two; 216 GiB of HBM lie in one of 256 GiB."""
+        return 1 << (self.hbm_bytes - 1).bit_length()
+
+    @property
+    def program_capabilities(self) -> Capabilities:
+        """What the program verifier is told."""
+        return Capabilities(
+            tiles=self.tiles,
+            tile_sram_bytes=self.tile_sram_bytes,
+            tile_semaphores=self.tile_semaphores,
+            max_args=self.max_args,
+            max_kernels=self.max_kernels,
+        )
+
+
+PROFILES: Final[dict[str, Profile]] = {
+    "small": Profile(
+        ProfileId.SMALL, "MAIA small (emulated)", clusters=2, tiles_per_cluster=2, tile_sram_bytes=2 * MIB,
+        cluster_sram_bytes=8 * MIB, hbm_bytes=1 * GIB, link_speed=5,
+    ),
+    "maia100": Profile(
+        ProfileId.MAIA100, "MAIA 100 (emulated)", clusters=16, tiles_per_cluster=4, tile_sram_bytes=3 * MIB,
+        cluster_sram_bytes=16 * MIB, hbm_bytes=64 * GIB, link_speed=5,
+    ),
+    "maia200": Profile(
+        ProfileId.MAIA200, "MAIA 200 (emulated)", clusters=4, tiles_per_cluster=10, tile_sram_bytes=3 * MIB,
+        cluster_sram_bytes=35 * MIB, hbm_bytes=216 * GIB, link_speed=6,
+    ),
+}
