@@ -1,0 +1,60 @@
+"""Where the tests of kernels run them: on the emulated device, or in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from maia_rt.contract import program
+from maia_rt.contract.program import NUMPY_DTYPES, ArgKind, Capabilities, KernelImage
+from tests.helpers import interpreter
+
+SMALL = Capabilities(tiles=4, tile_sram_bytes=2 << 20, tile_semaphores=32, max_args=16, max_kernels=64)
+"""As the emulator's small profile."""
+TIGHT = replace(SMALL, tiles=3, tile_sram_bytes=48 << 10)
+"""Little SRAM and an odd number of tiles: everything is blocked."""
+LONE = replace(SMALL, tiles=1, tile_sram_bytes=256 << 10)
+
+
+class Launcher(Protocol):
+    """Runs kernels built for its capabilities."""
+
+    capabilities: Capabilities
+
+    def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
+        """Launch with the IN arguments given, in order; returns what is in the only OUT argument."""
+
+
+@dataclass
+class InterpreterLauncher:
+    """Verifies an image and interprets it."""
+
+    capabilities: Capabilities
+    seed: int = 0
+
+    def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
+        image = program.read(program.write([kernel]))
+        program.verify(image, self.capabilities)
+        arrays, out = arguments(kernel, inputs)
+        self.seed += 1
+        interpreter.run(image.kernels[0], arrays, self.seed)
+        return out
+
+
+def arguments(kernel: KernelImage, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """All arguments of a kernel, its OUT argument full of ones' bytes, and that argument."""
+    given = iter(inputs)
+    arrays = []
+    out = np.zeros(0)
+    for arg in kernel.args:
+        if arg.kind is ArgKind.OUT:
+            out = np.frombuffer(bytearray(b"\xff" * arg.nbytes), NUMPY_DTYPES[arg.dtype]).reshape(arg.shape)
+            arrays.append(out)
+        else:
+            array = np.ascontiguousarray(next(given), NUMPY_DTYPES[arg.dtype])
+            assert array.shape == arg.shape, f"{arg.name}: {array.shape}, not {arg.shape}"
+            arrays.append(array)
+    return arrays, out
