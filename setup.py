@@ -14,8 +14,11 @@ if os.environ.get("MAIA_SANITIZE"):
     compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     link_args += ["-fsanitize=address,undefined"]
 
-# The C beside a .pyx, by the extension's last name.
-C_SOURCES: dict[str, list[str]] = {}
+CSRC = "emulator/maia_emulator/csrc"
+# The C beside a .pyx, by the extension's last name, and what its loops need to become vector code.
+C_SOURCES = {"tiles": [f"{CSRC}/numerics.c"], "commands": [f"{CSRC}/crc32.c"]}
+VECTOR_ARGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+C_ARGS = {"tiles": VECTOR_ARGS}
 
 
 def extensions(package: str, folder: str) -> list[Extension]:
@@ -25,7 +28,7 @@ def extensions(package: str, folder: str) -> list[Extension]:
         Extension(
             f"{package}.{path.stem}", [str(path), *C_SOURCES.get(path.stem, [])],
             include_dirs=[f"{folder}/csrc"] if headers else [], depends=headers,
-            extra_compile_args=compile_args, extra_link_args=link_args,
+            extra_compile_args=compile_args + C_ARGS.get(path.stem, []), extra_link_args=link_args,
         )
         for path in sorted(Path(folder).glob("*.pyx"))
     ]
@@ -34,7 +37,7 @@ def extensions(package: str, folder: str) -> list[Extension]:
 setup(
     ext_modules=cythonize(
         extensions("maia_rt._fast", "maia_rt/_fast") + extensions("maia_emulator", "emulator/maia_emulator"),
-        include_path=["."],
+        include_path=[".", "emulator"],
         compiler_directives={"language_level": 3},
         annotate=bool(os.environ.get("MAIA_ANNOTATE")),
     )

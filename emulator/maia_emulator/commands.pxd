@@ -1,0 +1,14 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+from maia_emulator.memory cimport DeviceMemory, context_t, traffic_t
+from maia_rt._fast.commands cimport command_t, copy_descriptor_t
+
+cdef struct work_t:         # how far a long command has come
+    uint64_t done
+    uint32_t crc
+    bint begun
+    copy_descriptor_t shape
+
+cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, uint32_t semaphores) noexcept nogil
+cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,
+                          traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil

@@ -1,0 +1,244 @@
+"""What single commands do, a bounded piece at a time: so that a long copy in one queue never holds up the others."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from maia_emulator.memory cimport KIND_BAD_CONTEXT, KIND_MESSAGE, DeviceMemory, context_t, traffic_t
+from maia_emulator.support cimport add32, store32
+from maia_rt._fast.commands cimport (
+    FAULT_ADDRESS,
+    FAULT_BAD_FIELD,
+    FAULT_BAD_OPCODE,
+    FAULT_CONTEXT,
+    FAULT_NONE,
+    FAULT_SEMAPHORE,
+    FAULT_SEMAPHORE_OVERFLOW,
+    FAULT_TRAP,
+    FLAG_BARRIER,
+    FLAG_REPORT,
+    MAX_INDIRECT,
+    MAX_INLINE_BYTES,
+    OPCODE_COPY,
+    OPCODE_COPY_ND,
+    OPCODE_CRC,
+    OPCODE_FILL,
+    OPCODE_INDIRECT,
+    OPCODE_LAUNCH,
+    OPCODE_NOP,
+    OPCODE_SIGNAL_REMOTE,
+    OPCODE_TRAP,
+    OPCODE_WRITE_IMM,
+    POST_ADD,
+    POST_NONE,
+    POST_SET,
+    WAIT_ACQUIRE,
+    WAIT_NONE,
+    command_t,
+    copy_command_t,
+    copy_descriptor_t,
+    crc_command_t,
+    fill_command_t,
+    indirect_command_t,
+    launch_command_t,
+    signal_remote_command_t,
+    trap_command_t,
+    write_imm_command_t,
+)
+
+cdef extern from "crc32.h" nogil:
+    uint32_t maia_crc32(uint32_t crc, const unsigned char *data, size_t size)
+
+cdef enum:
+    PIECE = 1 << 20         # bytes a turn
+    ADDRESS_BITS = 62       # sizes stay below this, so that sums cannot wrap
+
+
+cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, uint32_t semaphores) noexcept nogil:
+    """The fault that a command's fields alone earn it, or none. ``mirrors`` semaphores are read-only."""
+    cdef int i
+    cdef uint8_t op
+    cdef bint plain
+    if command.opcode < OPCODE_NOP or command.opcode > OPCODE_TRAP:
+        return FAULT_BAD_OPCODE
+    if command.flags & ~<uint8_t> (FLAG_BARRIER | FLAG_REPORT):
+        return FAULT_BAD_FIELD
+    for i in range(2):
+        op = command.pre[i].op
+        if op > WAIT_ACQUIRE or command.pre[i].reserved or (op == WAIT_NONE and command.pre[i].index):
+            return FAULT_BAD_FIELD
+        if op != WAIT_NONE and command.pre[i].index >= semaphores:
+            return FAULT_SEMAPHORE
+        if op == WAIT_ACQUIRE and command.pre[i].index < mirrors:
+            return FAULT_SEMAPHORE
+        op = command.post[i].op
+        if op > POST_ADD or command.post[i].reserved or (op == POST_NONE and command.post[i].index):
+            return FAULT_BAD_FIELD
+        if op != POST_NONE and (command.post[i].index >= semaphores or command.post[i].index < mirrors):
+            return FAULT_SEMAPHORE
+        if op == POST_ADD and command.post[i].value >> 31:
+            return FAULT_SEMAPHORE_OVERFLOW
+    plain = command.opcode != OPCODE_LAUNCH and command.opcode != OPCODE_WRITE_IMM
+    if plain and command.units:
+        return FAULT_BAD_FIELD
+    if command.opcode == OPCODE_NOP:
+        plain = command.payload[0] == 0 and command.payload[1] == 0 and command.payload[2] == 0
+    elif command.opcode == OPCODE_COPY or command.opcode == OPCODE_FILL or command.opcode == OPCODE_CRC:
+        # The size is the last word of COPY, the middle one of the others.
+        plain = command.payload[2 if command.opcode == OPCODE_COPY else 1] >> ADDRESS_BITS == 0
+        if command.opcode == OPCODE_FILL:
+            plain = plain and fill_is_aligned(<fill_command_t *> command)
+        elif command.opcode == OPCODE_CRC:
+            plain = plain and (<crc_command_t *> command).result & 3 == 0
+    elif command.opcode == OPCODE_COPY_ND:
+        plain = command.payload[0] & 63 == 0 and command.payload[1] == 0 and command.payload[2] == 0
+    elif command.opcode == OPCODE_WRITE_IMM:
+        plain = 1 <= command.units <= MAX_INLINE_BYTES
+    elif command.opcode == OPCODE_LAUNCH:
+        plain = (<launch_command_t *> command).reserved == 0 and (<launch_command_t *> command).args & 7 == 0
+    elif command.opcode == OPCODE_SIGNAL_REMOTE:
+        plain = signal_is_good(<signal_remote_command_t *> command)
+        if plain and signal_overflows(<signal_remote_command_t *> command):
+            return FAULT_SEMAPHORE_OVERFLOW
+    elif command.opcode == OPCODE_INDIRECT:
+        if listed:
+            return FAULT_BAD_OPCODE
+        plain = list_is_good(<indirect_command_t *> command)
+    elif command.opcode == OPCODE_TRAP:
+        plain = command.payload[0] >> 32 == 0 and command.payload[1] == 0 and command.payload[2] == 0
+    return FAULT_NONE if plain else FAULT_BAD_FIELD
+
+
+cdef inline bint fill_is_aligned(fill_command_t *c) noexcept nogil:
+    return (c.width == 1 or c.width == 2 or c.width == 4) and (c.dst | c.size) & (c.width - 1) == 0
+
+
+cdef inline bint signal_is_good(signal_remote_command_t *c) noexcept nogil:
+    return (c.op == POST_SET or c.op == POST_ADD) and c.address & 3 == 0 and c.reserved == 0
+
+
+cdef inline bint signal_overflows(signal_remote_command_t *c) noexcept nogil:
+    return c.op == POST_ADD and c.value >> 31
+
+
+cdef inline bint list_is_good(indirect_command_t *c) noexcept nogil:
+    return c.list & 63 == 0 and 1 <= c.count <= MAX_INDIRECT and c.reserved0 == 0 and c.reserved1 == 0
+
+
+cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,
+                          traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
+    """Do a piece of a checked command (not LAUNCH, not INDIRECT). Returns the fault; sets ``finished`` at its end."""
+    cdef uint64_t size
+    cdef copy_command_t *copy
+    cdef uint32_t fault = FAULT_NONE
+    finished[0] = True
+    if command.opcode == OPCODE_COPY:
+        copy = <copy_command_t *> command
+        size = min(copy.size - work.done, <uint64_t> PIECE)
+        fault = memory.copy(copy.dst + work.done, copy.src + work.done, size, context, traffic, bad)
+        work.done += size
+        finished[0] = work.done == copy.size
+    elif command.opcode == OPCODE_COPY_ND:
+        fault = copy_rows(memory, command.payload[0], work, context, traffic, finished, bad)
+    elif command.opcode == OPCODE_FILL:
+        fault = fill(memory, <fill_command_t *> command, work, context, traffic, finished, bad)
+    elif command.opcode == OPCODE_WRITE_IMM:
+        fault = memory.store((<write_imm_command_t *> command).dst, (<write_imm_command_t *> command).data,
+                             command.units, context, traffic, bad)
+    elif command.opcode == OPCODE_CRC:
+        fault = checksum(memory, <crc_command_t *> command, work, context, traffic, finished, bad)
+    elif command.opcode == OPCODE_SIGNAL_REMOTE:
+        fault = signal(memory, <signal_remote_command_t *> command, context, traffic, bad)
+    elif command.opcode == OPCODE_TRAP:
+        bad[0] = (<trap_command_t *> command).code
+        fault = FAULT_TRAP
+    return fault
+
+
+cdef uint32_t copy_rows(DeviceMemory memory, uint64_t descriptor, work_t *work, context_t *context,
+                        traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
+    cdef copy_descriptor_t *s = &work.shape
+    cdef uint64_t moved = 0, row, plane, rows
+    cdef uint32_t fault
+    if not work.begun:
+        # Taken once: what the client does to the descriptor from here on changes nothing.
+        fault = memory.load(s, descriptor, sizeof(copy_descriptor_t), context, traffic, bad)
+        if fault:
+            return fault
+        if s.row_bytes >> ADDRESS_BITS:
+            return FAULT_BAD_FIELD
+        work.begun = True
+    rows = <uint64_t> s.rows * s.planes
+    while work.done < rows and moved < PIECE:
+        plane, row = work.done // s.rows, work.done % s.rows
+        fault = memory.copy(s.dst + plane * <uint64_t> s.dst_plane_stride + row * <uint64_t> s.dst_row_stride,
+                            s.src + plane * <uint64_t> s.src_plane_stride + row * <uint64_t> s.src_row_stride,
+                            s.row_bytes, context, traffic, bad)
+        if fault:
+            return fault
+        work.done += 1
+        moved += s.row_bytes + 64
+    finished[0] = work.done == rows
+    return FAULT_NONE
+
+
+cdef uint32_t fill(DeviceMemory memory, fill_command_t *command, work_t *work, context_t *context, traffic_t *traffic,
+                   bint *finished, uint64_t *bad) noexcept nogil:
+    cdef char pattern[4096]
+    cdef uint64_t piece = 0, size
+    cdef uint32_t i, fault
+    cdef uint16_t half = <uint16_t> command.pattern
+    if command.width == 1:
+        memset(pattern, command.pattern & 0xff, sizeof(pattern))
+    else:
+        for i in range(sizeof(pattern) // 4):
+            memcpy(&pattern[4 * i], &command.pattern, 4)
+            if command.width == 2:
+                memcpy(&pattern[4 * i], &half, 2)
+                memcpy(&pattern[4 * i + 2], &half, 2)
+    while work.done < command.size and piece < PIECE:
+        size = min(command.size - work.done, <uint64_t> sizeof(pattern))
+        fault = memory.store(command.dst + work.done, pattern, size, context, traffic, bad)
+        if fault:
+            return fault
+        work.done += size
+        piece += size
+    finished[0] = work.done == command.size
+    return FAULT_NONE
+
+
+cdef uint32_t checksum(DeviceMemory memory, crc_command_t *command, work_t *work, context_t *context,
+                       traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
+    cdef char buffer[16384]
+    cdef uint64_t piece = 0, size
+    cdef uint32_t fault
+    while work.done < command.size and piece < PIECE:
+        size = min(command.size - work.done, <uint64_t> sizeof(buffer))
+        fault = memory.load(buffer, command.src + work.done, size, context, traffic, bad)
+        if fault:
+            return fault
+        work.crc = maia_crc32(work.crc, <const unsigned char *> buffer, size)
+        work.done += size
+        piece += size
+    finished[0] = work.done == command.size
+    if finished[0]:
+        return memory.store(command.result, &work.crc, 4, context, traffic, bad)
+    return FAULT_NONE
+
+
+cdef uint32_t signal(DeviceMemory memory, signal_remote_command_t *command, context_t *context, traffic_t *traffic,
+                     uint64_t *bad) noexcept nogil:
+    """A 32-bit store, or an atomic add, at an address: a peer's semaphore window, most likely."""
+    cdef char *at = NULL
+    cdef uint64_t size = 4
+    cdef int kind = memory.resolve(command.address, &size, True, context, &at)
+    if kind == KIND_MESSAGE and command.op == POST_SET:
+        return memory.store(command.address, &command.value, 4, context, traffic, bad)
+    if kind < 0 or kind == KIND_MESSAGE or size < 4:
+        # Messages cannot add: two devices could lose one of their increments.
+        bad[0] = command.address
+        return FAULT_CONTEXT if kind == KIND_BAD_CONTEXT else FAULT_ADDRESS
+    if command.op == POST_SET:
+        store32(<uint32_t *> at, command.value)
+    else:
+        add32(<uint32_t *> at, command.value)
+    return FAULT_NONE

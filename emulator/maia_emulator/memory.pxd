@@ -1,0 +1,50 @@
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from maia_emulator.dma cimport DmaTable
+
+cdef enum:
+    MAX_RANGES = 8
+    KIND_HOST = 0
+    KIND_HBM = 1
+    KIND_SRAM = 2
+    KIND_MESSAGE = 3
+    KIND_BAD_ADDRESS = -1
+    KIND_BAD_CONTEXT = -2
+
+cdef struct context_t:
+    bint live
+    int queues
+    int count           # 0: all of HBM
+    uint64_t base[MAX_RANGES]
+    uint64_t size[MAX_RANGES]
+
+cdef struct traffic_t:
+    uint64_t host_to_device
+    uint64_t device_to_host
+    uint64_t device_to_device
+    uint64_t host_to_host
+    uint64_t messages
+
+cdef class DeviceMemory:
+    cdef readonly DmaTable dma
+    cdef readonly int hbm_fd
+    cdef readonly uint64_t hbm_bytes
+    cdef readonly uint32_t tile_bytes
+    cdef readonly uint32_t cluster_bytes
+    cdef readonly uint32_t tiles
+    cdef readonly uint32_t clusters
+    cdef char *hbm
+    cdef char *tile_sram
+    cdef char *cluster_sram
+    cdef object read_message
+    cdef object write_message
+    cdef int resolve(self, uint64_t address, uint64_t *size, bint write, context_t *context, char **at) noexcept nogil
+    cdef int copy(self, uint64_t dst, uint64_t src, uint64_t size, context_t *context, traffic_t *traffic,
+                  uint64_t *bad) noexcept nogil
+    cdef int load(self, void *dst, uint64_t src, uint64_t size, context_t *context, traffic_t *traffic,
+                  uint64_t *bad) noexcept nogil
+    cdef int store(self, uint64_t dst, const void *src, uint64_t size, context_t *context, traffic_t *traffic,
+                   uint64_t *bad) noexcept nogil
+    cdef int reach(self, uint64_t address, uint64_t size, bint write, context_t *context, uint64_t *bad) noexcept nogil
+    cdef int by_message(self, uint64_t address, char *buffer, uint64_t size, bint write,
+                        traffic_t *traffic) noexcept nogil

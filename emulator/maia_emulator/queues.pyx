@@ -1,0 +1,667 @@
+"""The command processor: one thread that watches the doorbells and runs the queues.
+
+For each queue it fetches the next command (once), checks it, waits for its barrier, report room, semaphores and tiles,
+runs it, posts its semaphores and moves progress on. Launches run on the tiles meanwhile; everything else runs here, long
+copies a piece a turn. When nothing moves for a while it sleeps until a doorbell, a tile or the WAKE register wakes it.
+"""
+
+import os
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from maia_emulator.commands cimport check_command, run_command
+from maia_emulator.interrupts cimport Vectors
+from maia_emulator.memory cimport KIND_HOST, KIND_MESSAGE, DeviceMemory
+from maia_emulator.support cimport (
+    add32,
+    clock_ns,
+    full_fence,
+    load32,
+    load64,
+    or32,
+    pause_cpu,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    pthread_rwlock_rdlock,
+    pthread_rwlock_unlock,
+    sched_yield,
+    store32,
+    store64,
+    swap_if32,
+)
+from maia_emulator.tiles cimport MAX_ARGS, Tiles, kernel_t, launch_t
+from maia_rt._fast.commands cimport (
+    COMMAND_BYTES,
+    FAULT_ABORTED,
+    FAULT_ADDRESS,
+    FAULT_BAD_KERNEL,
+    FAULT_BAD_SEQUENCE,
+    FAULT_DOORBELL,
+    FAULT_ENGINE_HANG,
+    FAULT_LOG_ENTRIES,
+    FAULT_NONE,
+    FAULT_RESET,
+    FLAG_BARRIER,
+    FLAG_REPORT,
+    NO_UNIT,
+    OPCODE_INDIRECT,
+    OPCODE_LAUNCH,
+    POST_NONE,
+    POST_SET,
+    QUEUE_STOPPED,
+    REPORT_BYTES,
+    WAIT_ACQUIRE,
+    WAIT_EQ,
+    WAIT_NONE,
+    command_t,
+    fault_t,
+    indirect_command_t,
+    launch_command_t,
+    report_t,
+)
+from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    short POLLIN
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *data, size_t size)
+    int usleep(unsigned int microseconds)
+
+cdef enum:                  # queue_t.state
+    RUNNING = 0
+    STOPPING = 1            # failed; earlier commands are still in flight
+    STOPPED = 2
+
+cdef enum:                  # queue_t.stage
+    EMPTY = 0
+    FETCHED = 1
+    STARTED = 2
+    ON_TILES = 3            # a list's LAUNCH
+
+cdef enum:                  # what a step did
+    BLOCKED = 0
+    MOVED = 1
+    YIELDED = 2
+    FAILED = 3
+
+cdef enum:
+    TURN = 64               # commands a queue may run before the next queue's turn
+    ERROR_FAULT = 1
+    ERROR_WATCHDOG = 8
+    ERROR_LOG_OVERFLOW = 16
+
+
+cdef inline uint32_t *word(queue_t *q, uint32_t offset) noexcept nogil:
+    """A word of the queue's doorbell page."""
+    return <uint32_t *> (q.doorbell + offset)
+
+
+cdef char *translate(DeviceMemory memory, window_t *window, uint64_t address, uint64_t size, bint write) noexcept nogil:
+    """Client memory by a remembered translation; NULL where only `DeviceMemory.load` and `store` can reach it."""
+    cdef int kind
+    if (window.generation == memory.dma.generation and address >= window.start
+            and address - window.start + size <= window.size):
+        return window.at + (address - window.start)
+    window.start, window.size = address, <uint64_t> 1 << 30
+    kind = memory.resolve(address, &window.size, write, NULL, &window.at)
+    if kind != KIND_HOST or window.size < size:
+        window.generation = 0
+        return NULL
+    window.generation = memory.dma.generation
+    return window.at
+
+
+cdef class FrontEnd:
+    """Queues, semaphores, contexts' users, kernels and the fault log, and the thread that serves them.
+
+    ``control`` is held by that thread for each round, and by whoever changes what it works on.
+    """
+
+    def __cinit__(self, DeviceMemory memory not None, Tiles tiles not None, Vectors vectors not None, *,
+                  uint32_t max_queues, uint32_t semaphores, uint32_t max_kernels, uint32_t tiles_per_cluster,
+                  uint32_t spin_us, size_t bar2_address):
+        self.memory, self.tiles, self.vectors = memory, tiles, vectors
+        self.max_queues, self.semaphore_count = max_queues, semaphores
+        self.kernel_count, self.tiles_per_cluster = max_kernels + 1, tiles_per_cluster
+        self.spin_ns = <uint64_t> spin_us * 1000
+        self.bar2 = <char *> bar2_address
+        self.semaphores = <uint32_t *> (self.bar2 + <size_t> max_queues * 4096)
+        self.queues = <queue_t *> calloc(max_queues, sizeof(queue_t))
+        self.live = <uint32_t *> calloc(max_queues, sizeof(uint32_t))
+        self.kernels = <kernel_t *> calloc(self.kernel_count, sizeof(kernel_t))
+        self.tile_busy = <uint8_t *> calloc(tiles.count, 1)
+        self.faults = <fault_t *> calloc(FAULT_LOG_ENTRIES, sizeof(fault_t))
+        if (self.queues == NULL or self.live == NULL or self.kernels == NULL or self.tile_busy == NULL
+                or self.faults == NULL):
+            raise MemoryError
+        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        tiles.sleeping, tiles.wake_fd = &self.sleeping, self.wake_fd
+        pthread_mutex_init(&self.control, NULL)
+
+    def __dealloc__(self):
+        free(self.queues)
+        free(self.live)
+        free(self.kernels)
+        free(self.tile_busy)
+        free(self.faults)
+        pthread_mutex_destroy(&self.control)
+        if self.wake_fd > 0:
+            os.close(self.wake_fd)
+
+    def run(self):
+        """Serve the queues until `stop`; the body of the command processor's thread."""
+        with nogil:
+            self.loop()
+
+    def stop(self):
+        """Make `run` return."""
+        store32(&self.stopping, 1)
+        self.wake()
+
+    def wake(self):
+        """Make a sleeping command processor look at its doorbells."""
+        os.eventfd_write(self.wake_fd, 1)
+
+    cdef void take(self) noexcept nogil:
+        """Take ``control`` from any thread but the command processor's."""
+        add32(&self.waiting, 1)
+        pthread_mutex_lock(&self.control)
+        add32(&self.waiting, <uint32_t> -1)
+
+    cdef void give(self) noexcept nogil:
+        pthread_mutex_unlock(&self.control)
+
+    cdef void loop(self) noexcept nogil:
+        cdef uint64_t idle_since = 0, now, limit
+        cdef bint moved
+        cdef int i
+        while not load32(&self.stopping):
+            while load32(&self.waiting):
+                sched_yield()       # a mutex is not fair: let the one who asked have it
+            now = clock_ns()
+            pthread_mutex_lock(&self.control)
+            moved = self.round()
+            if moved:
+                self.counters.busy_ns_command += clock_ns() - now
+            pthread_mutex_unlock(&self.control)
+            if moved:
+                idle_since = 0
+                continue
+            if idle_since == 0:
+                idle_since = now
+            # While tiles work, this thread's core is better spent on them.
+            limit = 2000 if self.launched else self.spin_ns
+            if self.live_count == 0 or now - idle_since >= limit:
+                self.sleep()
+                idle_since = 0
+            else:
+                for i in range(8):
+                    pause_cpu()
+
+    cdef bint round(self) noexcept nogil:
+        """One look at every queue; True where any of them moved."""
+        cdef bint moved = False
+        cdef uint32_t i
+        self.blocked = False
+        self.launched = 0
+        pthread_rwlock_rdlock(&self.memory.dma.lock)
+        for i in range(self.live_count):
+            moved = self.service(&self.queues[self.live[i]]) or moved
+        pthread_rwlock_unlock(&self.memory.dma.lock)
+        return moved
+
+    cdef void sleep(self) noexcept nogil:
+        cdef pollfd wait
+        cdef uint64_t count
+        cdef uint32_t i
+        cdef bint moved
+        cdef int timeout
+        pthread_mutex_lock(&self.control)
+        store32(&self.sleeping, 1)
+        for i in range(self.live_count):
+            store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 1)
+        full_fence()
+        # A doorbell rung before its writer could see the word is found here.
+        moved = self.round()
+        pthread_mutex_unlock(&self.control)
+        if not moved and not load32(&self.stopping):
+            # Semaphores may be written by a peer that cannot wake us; launches are watched for hangs.
+            timeout = 5 if self.blocked else 100 if self.launched else -1
+            self.counters.sleeps += 1
+            wait.fd, wait.events = self.wake_fd, POLLIN
+            poll(&wait, 1, timeout)
+        if read(self.wake_fd, &count, 8) < 0:
+            pass                    # nobody woke us
+        pthread_mutex_lock(&self.control)
+        store32(&self.sleeping, 0)
+        for i in range(self.live_count):
+            store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 0)
+        pthread_mutex_unlock(&self.control)
+
+    cdef bint service(self, queue_t *q) noexcept nogil:
+        """Take a queue as far as it goes, or a turn's worth; True where it moved."""
+        cdef bint moved = False
+        cdef uint32_t tail
+        cdef int turn, step
+        cdef uint64_t arm
+        if q.flight_count or q.stage == ON_TILES:
+            moved = self.reap(q)
+        if q.state == RUNNING:
+            tail = load32(word(q, DOORBELL_TAIL))
+            if tail != q.tail:
+                q.tail = tail
+                self.counters.doorbells += 1
+            for turn in range(TURN):
+                if q.stage == EMPTY:
+                    if q.tail == <uint32_t> q.head:
+                        break
+                    if q.tail - <uint32_t> q.head > q.mask + 1 or q.tail - <uint32_t> q.retired > q.mask + 1:
+                        self.fail_here(q, FAULT_DOORBELL, q.tail)
+                        moved = True
+                        break
+                    if not self.fetch(q):
+                        moved = True
+                        break
+                step = self.advance(q)
+                if step == BLOCKED:
+                    break
+                moved = True
+                if step != MOVED:
+                    break
+        if q.retired != q.published:
+            self.publish(q)
+        if q.state == STOPPING and q.flight_count == 0:
+            self.stop_queue(q)
+            moved = True
+        arm = load64(<uint64_t *> word(q, DOORBELL_ARM))
+        if arm != q.arm:
+            q.arm = arm
+            if arm and arm <= q.published:
+                self.vectors.fire(q.vector)
+        self.launched += q.flight_count + (q.stage == ON_TILES)
+        return moved
+
+    cdef bint fetch(self, queue_t *q) noexcept nogil:
+        """Copy the next command out of the ring, once, and check it."""
+        cdef uint64_t address = q.ring + (q.head & q.mask) * COMMAND_BYTES, bad = 0
+        cdef char *at = translate(self.memory, &q.ring_window, address, COMMAND_BYTES, False)
+        cdef uint32_t fault = FAULT_NONE
+        if at != NULL:
+            memcpy(&q.command, at, COMMAND_BYTES)
+        else:
+            memset(&q.command, 0, COMMAND_BYTES)
+            fault = self.memory.load(&q.command, address, COMMAND_BYTES, NULL, &self.traffic, &bad)
+        q.list_count = 0
+        if fault == FAULT_NONE and q.command.sequence != <uint16_t> (q.head + 1):
+            fault = FAULT_BAD_SEQUENCE
+            bad = q.command.sequence
+        if fault == FAULT_NONE:
+            fault = check_command(&q.command, False, self.max_queues, self.semaphore_count)
+        if fault:
+            self.fail_here(q, fault, bad)
+            return False
+        q.stage = FETCHED
+        return True
+
+    cdef bint fetch_listed(self, queue_t *q) noexcept nogil:
+        """Likewise from an INDIRECT list."""
+        cdef uint64_t bad = 0
+        cdef uint32_t fault
+        fault = self.memory.load(&q.command, q.list_at + <uint64_t> q.list_index * COMMAND_BYTES, COMMAND_BYTES,
+                                 q.context, &self.traffic, &bad)
+        if fault == FAULT_NONE:
+            fault = check_command(&q.command, True, self.max_queues, self.semaphore_count)
+        if fault:
+            self.fail_here(q, fault, bad)
+            return False
+        q.stage = FETCHED
+        return True
+
+    cdef bint may_start(self, queue_t *q) noexcept nogil:
+        """Whether barrier, report room and in-flight limit let the queue's next command start."""
+        cdef uint32_t unread
+        if q.list_count:
+            return True             # the INDIRECT command itself has passed this
+        if q.flight_count and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT):
+            return False
+        unread = q.report_tail - load32(word(q, DOORBELL_REPORT_HEAD))
+        return unread + q.flight_count < q.report_mask + 1
+
+    cdef bint semaphores_ready(self, command_t *command) noexcept nogil:
+        cdef int i
+        cdef uint32_t value
+        for i in range(2):
+            if command.pre[i].op == WAIT_NONE:
+                continue
+            value = load32(&self.semaphores[command.pre[i].index])
+            if command.pre[i].op == WAIT_EQ:
+                if value != command.pre[i].value:
+                    return False
+            elif <int32_t> (value - command.pre[i].value) < 0:
+                return False
+        return True
+
+    cdef int advance(self, queue_t *q) noexcept nogil:
+        """Take the command under way one step further."""
+        cdef bint finished = True
+        cdef uint64_t bad = 0
+        cdef uint32_t fault
+        cdef int step, i
+        cdef indirect_command_t *list
+        if q.aborted == q.head + 1:
+            q.aborted = 0
+            return self.fail_here(q, FAULT_ABORTED, 0)
+        if q.stage == ON_TILES:
+            return BLOCKED
+        if q.stage == FETCHED:
+            if not self.may_start(q):
+                return BLOCKED
+            if not self.semaphores_ready(&q.command):
+                self.blocked = True
+                return BLOCKED
+            if q.command.opcode == OPCODE_LAUNCH:
+                step = self.start_launch(q)
+                if step != MOVED:
+                    return step
+            for i in range(2):
+                if q.command.pre[i].op == WAIT_ACQUIRE:
+                    add32(&self.semaphores[q.command.pre[i].index], -q.command.pre[i].value)
+            self.counters.by_opcode[q.command.opcode] += 1
+            if q.list_count == 0:
+                q.start_ns = clock_ns() if q.command.flags & FLAG_REPORT else 0
+            memset(&q.work, 0, sizeof(q.work))
+            q.stage = STARTED
+            if q.command.opcode == OPCODE_INDIRECT:
+                list = <indirect_command_t *> &q.command
+                q.outer = q.command
+                q.list_at, q.list_count, q.list_index = list.list, list.count, 0
+                return MOVED if self.fetch_listed(q) else FAILED
+            if q.command.opcode == OPCODE_LAUNCH:
+                self.tiles.start(q.launch)
+                self.counters.launches += 1
+                if q.list_count:
+                    q.stage = ON_TILES
+                    return MOVED
+                i = (q.flight_first + q.flight_count) % MAX_IN_FLIGHT
+                q.flight[i].sequence = q.head + 1
+                q.flight[i].launch, q.launch = q.launch, NULL
+                q.flight[i].command = q.command
+                q.flight[i].start_ns = clock_ns()
+                q.flight[i].status = FAULT_NONE
+                q.flight[i].steps, q.flight[i].steps_ns = 0, q.flight[i].start_ns
+                q.flight_count += 1
+                q.head += 1
+                q.stage = EMPTY
+                return MOVED
+        fault = run_command(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
+        if fault:
+            return self.fail_here(q, fault, bad)
+        if not finished:
+            return YIELDED
+        return self.complete(q)
+
+    cdef int start_launch(self, queue_t *q) noexcept nogil:
+        """Find tiles for a LAUNCH and prepare it: MOVED with ``q.launch`` set, BLOCKED, or FAILED."""
+        cdef launch_command_t *command = <launch_command_t *> &q.command
+        cdef kernel_t *kernel
+        cdef uint64_t args[MAX_ARGS]
+        cdef uint32_t physical[4096]
+        cdef uint32_t fault = FAULT_NONE, i, within = 0
+        cdef uint64_t bad = 0
+        if command.kernel >= self.kernel_count or not self.kernels[command.kernel].live:
+            return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
+        kernel = &self.kernels[command.kernel]
+        for i in range(self.tiles.count):
+            if command.units == 0 or command.units >> (i // self.tiles_per_cluster) & 1:
+                within += 1
+        if within < kernel.tiles or command.arg_count != kernel.arg_count:
+            return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
+        if not self.find_tiles(kernel.tiles, command.units, physical):
+            return BLOCKED
+        fault = self.memory.load(args, command.args, <uint64_t> kernel.arg_count * 8, q.context, &self.traffic, &bad)
+        if fault == FAULT_NONE:
+            q.launch = self.tiles.prepare(kernel, command.kernel, q.context, args, physical, &fault, &bad)
+        if fault:
+            return self.fail_here(q, fault, bad)
+        for i in range(kernel.tiles):
+            self.tile_busy[physical[i]] = 1
+        return MOVED
+
+    cdef bint find_tiles(self, uint32_t count, uint32_t clusters, uint32_t *physical) noexcept nogil:
+        cdef uint32_t i, found = 0
+        for i in range(self.tiles.count):
+            if found == count:
+                break
+            if not self.tile_busy[i] and (clusters == 0 or clusters >> (i // self.tiles_per_cluster) & 1):
+                physical[found] = i
+                found += 1
+        return found == count
+
+    cdef int complete(self, queue_t *q) noexcept nogil:
+        """The command under way is done: of a list, go on with the next; else retire it when its turn comes."""
+        cdef int i
+        self.counters.commands += 1
+        self.post(&q.command)
+        if q.list_count:
+            q.list_index += 1
+            if q.list_index < q.list_count:
+                return MOVED if self.fetch_listed(q) else FAILED
+            q.command = q.outer
+            q.list_count = 0
+            self.counters.commands += 1
+            self.post(&q.command)
+        if q.command.flags & FLAG_REPORT:
+            self.report(q, q.head + 1, q.start_ns, FAULT_NONE, 0)
+        q.stage = EMPTY
+        q.head += 1
+        if q.flight_count == 0:
+            q.retired = q.head
+            return MOVED
+        i = (q.flight_first + q.flight_count) % MAX_IN_FLIGHT
+        q.flight[i].sequence, q.flight[i].launch, q.flight[i].status = q.head, NULL, FAULT_NONE
+        q.flight_count += 1
+        return MOVED
+
+    cdef void post(self, command_t *command) noexcept nogil:
+        cdef int i
+        for i in range(2):
+            if command.post[i].op == POST_NONE:
+                continue
+            if command.post[i].op == POST_SET:
+                store32(&self.semaphores[command.post[i].index], command.post[i].value)
+            else:
+                add32(&self.semaphores[command.post[i].index], command.post[i].value)
+
+    cdef bint reap(self, queue_t *q) noexcept nogil:
+        """Look after launches in flight: finish what is done, retire in order."""
+        cdef in_flight_t *entry
+        cdef launch_t *launch
+        cdef bint moved = False
+        cdef int i
+        if q.stage == ON_TILES and load32(&q.launch.done):
+            launch = q.launch
+            moved = True
+            if launch.status:
+                self.fail_here(q, launch.status, launch.bad)
+            else:
+                self.free_launch(launch)
+                q.launch = NULL
+                q.stage = STARTED
+                self.complete(q)
+        for i in range(q.flight_count):
+            entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
+            launch = entry.launch
+            if launch == NULL:
+                continue
+            if not load32(&launch.done):
+                self.watch(q)
+                continue
+            moved = True
+            entry.launch = NULL
+            entry.status = launch.status
+            if launch.status:
+                self.fail(q, entry.sequence, launch.status, launch.bad, launch.detail, launch.unit, launch.handle,
+                          &entry.command, entry.start_ns)
+            else:
+                self.counters.commands += 1
+                self.post(&entry.command)
+                if entry.command.flags & FLAG_REPORT:
+                    self.report(q, entry.sequence, entry.start_ns, FAULT_NONE, 0)
+            self.free_launch(launch)
+        while q.flight_count and q.flight[q.flight_first].launch == NULL:
+            if q.flight[q.flight_first].status == FAULT_NONE and (q.state == RUNNING or q.retired + 1 < q.fault_sequence):
+                q.retired += 1
+            q.flight_first = (q.flight_first + 1) % MAX_IN_FLIGHT
+            q.flight_count -= 1
+            moved = True
+        return moved
+
+    cdef void watch(self, queue_t *q) noexcept nogil:
+        """Fail launches that made no step within the watchdog's time."""
+        cdef in_flight_t *entry
+        cdef uint64_t now
+        cdef uint32_t steps
+        cdef int i
+        if self.watchdog_ns == 0:
+            return
+        now = clock_ns()
+        for i in range(q.flight_count):
+            entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
+            if entry.launch == NULL:
+                continue
+            steps = load32(&entry.launch.steps)
+            if steps != entry.steps:
+                entry.steps, entry.steps_ns = steps, now
+            elif now - entry.steps_ns > self.watchdog_ns and swap_if32(&entry.launch.status, FAULT_NONE,
+                                                                       FAULT_ENGINE_HANG):
+                self.raise_error(ERROR_WATCHDOG)
+
+    cdef void free_launch(self, launch_t *launch) noexcept nogil:
+        cdef uint32_t i
+        for i in range(launch.kernel.tiles):
+            self.tile_busy[launch.units[i].physical] = 0
+        self.tiles.release(launch)
+
+    cdef int fail_here(self, queue_t *q, uint32_t code, uint64_t bad) noexcept nogil:
+        """The command under way fails."""
+        cdef uint32_t detail = q.list_index if q.list_count else 0, unit = NO_UNIT, kernel = 0
+        if q.launch != NULL:
+            if not q.list_count:
+                detail = q.launch.detail
+            unit, kernel = q.launch.unit, q.launch.handle
+            self.free_launch(q.launch)
+            q.launch = NULL
+        elif q.command.opcode == OPCODE_LAUNCH:
+            kernel = (<launch_command_t *> &q.command).kernel
+        self.fail(q, q.head + 1, code, bad, detail, unit, kernel, &q.command, q.start_ns)
+        q.stage = EMPTY
+        return FAILED
+
+    cdef int fail(self, queue_t *q, uint64_t sequence, uint32_t code, uint64_t bad, uint32_t detail, uint32_t unit,
+                  uint32_t kernel, command_t *command, uint64_t start_ns) noexcept nogil:
+        """Log a failed command, report it and stop the queue."""
+        cdef fault_t *log = &self.faults[self.fault_count % FAULT_LOG_ENTRIES]
+        memset(log, 0, sizeof(fault_t))
+        log.time_ns, log.sequence, log.address, log.code, log.queue = clock_ns(), sequence, bad, code, q.id
+        log.unit, log.detail, log.kernel = unit, detail, kernel
+        memcpy(log.command, command, COMMAND_BYTES)
+        self.fault_count += 1
+        if self.fault_count > FAULT_LOG_ENTRIES:
+            or32(&self.errors, ERROR_LOG_OVERFLOW)
+        self.counters.faults += 1
+        self.counters.commands_failed += 1
+        self.report(q, sequence, start_ns, code, detail)
+        if q.state == RUNNING or sequence < q.fault_sequence:
+            q.fault, q.fault_sequence = code, sequence
+        q.state = STOPPING
+        return FAILED
+
+    cdef void stop_queue(self, queue_t *q) noexcept nogil:
+        """Everything that was in flight has ended: show the fault."""
+        q.state = STOPPED
+        self.write_progress(q, 12, q.fault, 4)
+        self.write_progress(q, 16, q.fault_sequence, 8)
+        self.write_progress(q, 8, QUEUE_STOPPED, 4)
+        self.vectors.fire(q.vector)
+        self.raise_error(ERROR_FAULT)
+
+    cdef void raise_error(self, uint32_t bit) noexcept nogil:
+        if not or32(&self.errors, bit) & bit:
+            self.vectors.fire(0)
+
+    cdef void report(self, queue_t *q, uint64_t sequence, uint64_t start_ns, uint32_t status,
+                     uint32_t detail) noexcept nogil:
+        cdef report_t record
+        cdef uint64_t bad = 0
+        record.sequence, record.start_ns, record.end_ns = sequence, start_ns, clock_ns()
+        record.status, record.detail = status, detail
+        self.memory.store(q.reports + <uint64_t> (q.report_tail & q.report_mask) * REPORT_BYTES, &record,
+                          REPORT_BYTES, NULL, &self.traffic, &bad)
+        q.report_tail += 1
+        self.write_progress(q, 24, q.report_tail, 4)
+
+    cdef void write_progress(self, queue_t *q, uint64_t offset, uint64_t value, uint32_t size) noexcept nogil:
+        """Store a word of the progress block; a client that took the memory away has only itself to wonder."""
+        cdef char *at = translate(self.memory, &q.progress_window, q.progress + offset, size, True)
+        cdef uint64_t bad = 0
+        if at == NULL:
+            self.memory.store(q.progress + offset, &value, size, NULL, &self.traffic, &bad)
+        elif size == 8:
+            store64(<uint64_t *> at, value)
+        else:
+            store32(<uint32_t *> at, <uint32_t> value)
+
+    cdef void publish(self, queue_t *q) noexcept nogil:
+        """Show progress: the mirror semaphore, the progress word, and the interrupt where one is armed."""
+        cdef uint64_t before = q.published, arm
+        q.published = q.retired
+        store32(&self.semaphores[q.id], <uint32_t> q.retired)
+        self.write_progress(q, 0, q.retired, 8)
+        # The driver arms, fences, reads progress; we write progress, fence, read ARM: one of us sees the other.
+        full_fence()
+        arm = load64(<uint64_t *> word(q, DOORBELL_ARM))
+        if arm != q.arm:
+            q.arm = arm
+            if arm and arm <= q.published:
+                self.vectors.fire(q.vector)
+        elif before < arm <= q.published:
+            self.vectors.fire(q.vector)
+
+    cdef void quiesce(self, queue_t *q) noexcept nogil:
+        """Abort what a queue has in flight and wait for the tiles to let go. The caller holds ``control``."""
+        cdef in_flight_t *entry
+        cdef bint busy = True
+        cdef int i
+        q.state = STOPPED
+        while busy:
+            busy = False
+            if q.launch != NULL:
+                swap_if32(&q.launch.status, FAULT_NONE, FAULT_RESET)
+                busy = q.stage == ON_TILES and not load32(&q.launch.done)
+                if not busy:
+                    self.free_launch(q.launch)
+                    q.launch = NULL
+            for i in range(q.flight_count):
+                entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
+                if entry.launch == NULL:
+                    continue
+                swap_if32(&entry.launch.status, FAULT_NONE, FAULT_RESET)
+                if not load32(&entry.launch.done):
+                    busy = True
+                    continue
+                self.free_launch(entry.launch)
+                entry.launch = NULL
+            if busy:
+                usleep(50)
+        q.flight_count = 0
+        q.stage = EMPTY
