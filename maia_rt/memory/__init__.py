@@ -1,1 +1,19 @@
 """Memory that a device can reach: I/O addresses, pinned host memory, and the heap of device memory."""
+
+from maia_rt.memory.address_space import AddressSpace, SpaceStatistics
+from maia_rt.memory.heap import DeviceHeap
+from maia_rt.memory.iova import IovaAllocator
+from maia_rt.memory.limits import check_memlock
+from maia_rt.memory.pinned import PinnedBlock, PinnedPool
+from maia_rt.memory.regions import DmaRegion
+
+__all__ = [
+    "AddressSpace",
+    "DeviceHeap",
+    "DmaRegion",
+    "IovaAllocator",
+    "PinnedBlock",
+    "PinnedPool",
+    "SpaceStatistics",
+    "check_memlock",
+]

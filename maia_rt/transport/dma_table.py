@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -13,7 +12,9 @@ from maia_rt.transport.protocol import Access, DmaMemory
 
 
 class DmaTable:
-    """The mappings of one device. Not locked: the transport that owns it is.
+    """The mappings of one device. It holds a view of each memory, which cannot be unmapped before the device let go.
+
+    Not locked: the transport that owns it is.
 
     Parameters
     ----------
@@ -30,7 +31,7 @@ class DmaTable:
         self._max_maps = max_maps
         self._page_size = page_size
         self._starts: list[int] = []
-        self._entries: list[tuple[int, DmaMemory, Access]] = []
+        self._entries: list[tuple[int, memoryview, Access]] = []
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -61,7 +62,7 @@ class DmaTable:
         """Record a mapping that :meth:`check` let through."""
         at = bisect.bisect_left(self._starts, iova)
         self._starts.insert(at, iova)
-        self._entries.insert(at, (memory.size, memory, access))
+        self._entries.insert(at, (memory.size, memory.view(), access))
 
     def require(self, iova: int, size: int) -> None:
         """Raise InvalidArgument unless exactly this mapping exists."""
@@ -93,14 +94,14 @@ class DmaTable:
         while count > 0:
             if not 0 <= at < len(self._starts):
                 raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-            start, (size, memory, allowed) = self._starts[at], self._entries[at]
+            start, (size, view, allowed) = self._starts[at], self._entries[at]
             inside = address - start
             if not 0 <= inside < size:
                 raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
             if not allowed & access:
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             take = min(count, size - inside)
-            views.append(memoryview((ctypes.c_ubyte * take).from_address(memory.address + inside)).cast("B"))
+            views.append(view[inside:inside + take])
             address += take
             count -= take
             at += 1

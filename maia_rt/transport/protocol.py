@@ -116,6 +116,9 @@ class DmaMemory(Protocol):
     def address(self) -> int:
         """The memory's address in this process."""
 
+    def view(self) -> memoryview:
+        """Return the memory as bytes. A transport holds a view of what it has mapped, so the memory cannot go away."""
+
 
 class Transport(Protocol):
     """A PCI device, whoever serves it.

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -413,6 +414,14 @@ class VfioUserClient(RegisterConnection):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # A finalizer may run in the middle of anything, so it does not talk to the server: hanging up tells it enough.
+        if getattr(self, "_state", CLOSED) not in (CLOSED, FORKED):
+            self._state = CLOSED
+            warnings.warn(f"{self._name}: the device was not closed", ResourceWarning, stacklevel=2)
+            wire.close_fds(fd for fd, _ in self._fds.values())
+            self._sock.close()
 
     def __repr__(self) -> str:
         return f"<VfioUserClient {self._name}>"

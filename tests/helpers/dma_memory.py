@@ -17,6 +17,9 @@ class Memory:
         self.offset = 0
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
 
+    def view(self):
+        return memoryview(self.bytes)[self.offset:self.offset + self.size]
+
     def __enter__(self):
         return self
 

@@ -1,7 +1,7 @@
 """A vfio-user peer that plays bytes: what no real server would send, at moments no real server would choose.
 
-It uses nothing of ``maia_rt``. A test writes a function ``script(peer)``; it runs in a thread at one end of a socket pair
-and the client under test holds the other. What the script raises, the test raises.
+It uses nothing of ``maia_rt``. A test writes a function ``script(peer)``; it runs in a thread at one end of a socket
+pair, the client under test holds the other. What the script raises, the test raises.
 """
 
 import array

@@ -1,4 +1,4 @@
-"""Whatever is, or is not, behind a socket's path gets a typed error that says what to do; fork leaves the device alone."""
+"""Whatever is, or is not, behind a path gets a typed error that says what to do; fork leaves the device alone."""
 
 import os
 import socket

@@ -172,9 +172,10 @@ def test_a_server_that_answers_nonsense_while_it_is_opened_is_refused(steps):
 def test_a_mapped_file_shorter_than_announced_is_refused_instead_of_killing_the_process():
     fd = os.memfd_create("short")
     os.ftruncate(fd, 0x1000)
-    with playing(Device(regions=[Region(0x2000, 7, fd)]).handshake) as sock, opened(sock) as client:
-        with pytest.raises(ProtocolError, match="4096 bytes, 8192"):
-            client.map(0)
+    device = Device(regions=[Region(0x2000, 7, fd)])
+    with (playing(device.handshake) as sock, opened(sock) as client,
+          pytest.raises(ProtocolError, match="4096 bytes, 8192")):
+        client.map(0)
     os.close(fd)
 
 
@@ -189,7 +190,7 @@ def test_no_answer_in_time_is_a_timeout_that_names_the_request_and_ends_the_conn
 
     with playing(after_handshake(play)) as sock, opened(sock, 0.1) as client:
         start = time.monotonic()
-        with pytest.raises(DeviceTimeout, match="REGION_READ of 4 bytes at 0x0 of region 0 within 0.1 s"):
+        with pytest.raises(DeviceTimeout, match=r"REGION_READ of 4 bytes at 0x0 of region 0 within 0\.1 s"):
             client.read(0, 0, 4)
         assert 0.05 < time.monotonic() - start < 2
         start = time.monotonic()

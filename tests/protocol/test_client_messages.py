@@ -99,7 +99,8 @@ def test_reset():
 
 def test_an_error_reply_becomes_an_error_with_its_errno_and_the_device_stays_usable():
     def action(client):
-        with pytest.raises(TransportError, match="REGION_READ of 4 bytes at 0x40 of region 7: Invalid argument") as caught:
+        what = "refused REGION_READ of 4 bytes at 0x40 of region 7: Invalid argument"
+        with pytest.raises(TransportError, match=what) as caught:
             client.read(7, 0x40, 4)
         assert caught.value.errno == 22
         assert client.read(7, 0x40, 4) == 0
@@ -428,9 +429,9 @@ def test_a_region_that_can_be_mapped_whole_maps_whole(memory_file):
 
 
 def test_a_read_only_region_maps_read_only(memory_file):
-    with playing(Device(regions=[Region(0x4000, 5, memory_file)]).handshake) as sock, opened(sock) as client:
-        with client.map(0) as view:
-            assert view.readonly
+    device = Device(regions=[Region(0x4000, 5, memory_file)])
+    with playing(device.handshake) as sock, opened(sock) as client, client.map(0) as view:
+        assert view.readonly
 
 
 def test_a_region_without_descriptor_or_without_the_flag_cannot_be_mapped(memory_file):
@@ -473,7 +474,7 @@ def test_close_turns_bus_mastering_off_then_interrupts_then_unmaps():
     said = []
 
     def script(peer):
-        Device(flags=3, regions=CONFIG + [Region()]).handshake(peer)
+        Device(flags=3, regions=[*CONFIG, Region()]).handshake(peer)
         peer.reply(peer.request(8))
         peer.reply(peer.request(2))
         handshake = len(peer.seen)
