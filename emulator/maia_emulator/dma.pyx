@@ -255,7 +255,8 @@ cdef class DmaTable:
         status = os.fstat(fd)
         regular = stat.S_ISREG(status.st_mode)
         if offset + size < offset or (regular and offset + size > <uint64_t> status.st_size):
-            raise OSError(errno.EINVAL, f"the file has {status.st_size:#x} bytes, the mapping wants {size:#x} at {offset:#x}")
+            raise OSError(errno.EINVAL,
+                          f"the file has {status.st_size:#x} bytes, the mapping wants {size:#x} at {offset:#x}")
         for i in range(self.file_count):
             if self.files[i].references == 0:
                 slot = i

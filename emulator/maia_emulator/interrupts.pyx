@@ -9,7 +9,6 @@ from maia_emulator.support cimport (
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
-    pthread_mutex_t,
     pthread_mutex_unlock,
 )
 

@@ -77,7 +77,7 @@ cdef class DeviceMemory:
             os.close(self.hbm_fd)
 
     def set_messages(self, read, write):
-        """How to reach client memory that came without a descriptor: ``read(address, size)``, ``write(address, data)``."""
+        """Callbacks for memory that came without a descriptor: ``read(address, size)``, ``write(address, data)``."""
         self.read_message, self.write_message = read, write
 
     def clear(self):

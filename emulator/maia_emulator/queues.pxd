@@ -4,7 +4,8 @@ from maia_emulator.commands cimport work_t
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport DeviceMemory, context_t, traffic_t
 from maia_emulator.support cimport pthread_mutex_t
-from maia_emulator.tiles cimport Tiles, kernel_t, launch_t
+from maia_emulator.launch cimport kernel_t, launch_t
+from maia_emulator.tiles cimport Tiles
 from maia_rt._fast.commands cimport command_t, counters_t, fault_t
 
 cdef enum:

@@ -1,8 +1,9 @@
 """The command processor: one thread that watches the doorbells and runs the queues.
 
 For each queue it fetches the next command (once), checks it, waits for its barrier, report room, semaphores and tiles,
-runs it, posts its semaphores and moves progress on. Launches run on the tiles meanwhile; everything else runs here, long
-copies a piece a turn. When nothing moves for a while it sleeps until a doorbell, a tile or the WAKE register wakes it.
+runs it, posts its semaphores and moves progress on. Launches run on the tiles meanwhile; everything else runs here,
+long copies a piece a turn. When nothing moves for a while it sleeps until a doorbell's writer, a tile or another thread
+wakes it.
 """
 
 import os
@@ -13,7 +14,8 @@ from libc.string cimport memcpy, memset
 
 from maia_emulator.commands cimport check_command, run_command
 from maia_emulator.interrupts cimport Vectors
-from maia_emulator.memory cimport KIND_HOST, KIND_MESSAGE, DeviceMemory
+from maia_emulator.launch cimport MAX_ARGS, kernel_t, launch_t
+from maia_emulator.memory cimport KIND_HOST, DeviceMemory
 from maia_emulator.support cimport (
     add32,
     clock_ns,
@@ -33,11 +35,10 @@ from maia_emulator.support cimport (
     store64,
     swap_if32,
 )
-from maia_emulator.tiles cimport MAX_ARGS, Tiles, kernel_t, launch_t
+from maia_emulator.tiles cimport Tiles
 from maia_rt._fast.commands cimport (
     COMMAND_BYTES,
     FAULT_ABORTED,
-    FAULT_ADDRESS,
     FAULT_BAD_KERNEL,
     FAULT_BAD_SEQUENCE,
     FAULT_DOORBELL,
@@ -184,7 +185,7 @@ cdef class FrontEnd:
     cdef void loop(self) noexcept nogil:
         cdef uint64_t idle_since = 0, now, limit
         cdef bint moved
-        cdef int i
+        cdef int _i
         while not load32(&self.stopping):
             while load32(&self.waiting):
                 sched_yield()       # a mutex is not fair: let the one who asked have it
@@ -205,7 +206,7 @@ cdef class FrontEnd:
                 self.sleep()
                 idle_since = 0
             else:
-                for i in range(8):
+                for _i in range(8):
                     pause_cpu()
 
     cdef bint round(self) noexcept nogil:
@@ -252,7 +253,7 @@ cdef class FrontEnd:
         """Take a queue as far as it goes, or a turn's worth; True where it moved."""
         cdef bint moved = False
         cdef uint32_t tail
-        cdef int turn, step
+        cdef int _turn, step
         cdef uint64_t arm
         if q.flight_count or q.stage == ON_TILES:
             moved = self.reap(q)
@@ -261,7 +262,7 @@ cdef class FrontEnd:
             if tail != q.tail:
                 q.tail = tail
                 self.counters.doorbells += 1
-            for turn in range(TURN):
+            for _turn in range(TURN):
                 if q.stage == EMPTY:
                     if q.tail == <uint32_t> q.head:
                         break
@@ -519,7 +520,7 @@ cdef class FrontEnd:
                     self.report(q, entry.sequence, entry.start_ns, FAULT_NONE, 0)
             self.free_launch(launch)
         while q.flight_count and q.flight[q.flight_first].launch == NULL:
-            if q.flight[q.flight_first].status == FAULT_NONE and (q.state == RUNNING or q.retired + 1 < q.fault_sequence):
+            if q.state == RUNNING or q.retired + 1 < q.fault_sequence:
                 q.retired += 1
             q.flight_first = (q.flight_first + 1) % MAX_IN_FLIGHT
             q.flight_count -= 1

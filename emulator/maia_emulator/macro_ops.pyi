@@ -1,0 +1,1 @@
+BLAS: str
