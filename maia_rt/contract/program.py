@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import enum
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -51,7 +52,7 @@ class Dtype(enum.IntEnum):
     UINT8 = 5
 
 
-NUMPY_DTYPES: dict[Dtype, np.dtype] = {  # type: ignore[type-arg]
+NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
     Dtype.FP32: np.dtype("<f4"), Dtype.FP16: np.dtype("<f2"), Dtype.BF16: np.dtype(ml_dtypes.bfloat16),
     Dtype.INT32: np.dtype("<i4"), Dtype.UINT8: np.dtype("u1"),
 }
@@ -251,7 +252,10 @@ def write(kernels: Sequence[KernelImage]) -> bytes:
         strings.extend(raw)
         return offset, len(raw)
 
-    kernel_rows, arg_rows, stream_rows, ops = [], [], [], []
+    kernel_rows: list[np.ndarray] = []
+    arg_rows: list[np.ndarray] = []
+    stream_rows: list[np.ndarray] = []
+    ops: list[np.ndarray] = []
     op_count = 0
     for kernel in kernels:
         row = np.zeros((), KERNEL)
@@ -287,9 +291,9 @@ def write(kernels: Sequence[KernelImage]) -> bytes:
     table = np.zeros(len(bodies), SECTION)
     body = bytearray()
     start = HEADER.itemsize + table.nbytes
-    for entry, (kind, count, raw) in zip(table, bodies, strict=True):
+    for line, (kind, count, raw) in zip(table, bodies, strict=True):
         body.extend(bytes(-(start + len(body)) % 64))
-        entry["type"], entry["count"], entry["offset"], entry["bytes"] = kind, count, start + len(body), len(raw)
+        line["type"], line["count"], line["offset"], line["bytes"] = kind, count, start + len(body), len(raw)
         body.extend(raw)
     header["magic"], header["major"], header["minor"] = MAGIC, IMAGE_MAJOR, IMAGE_MINOR
     header["sections"], header["bytes"] = len(bodies), start + len(body)
@@ -308,7 +312,7 @@ def read(data: bytes) -> Image:
     """
     if not HEADER.itemsize <= len(data) <= MAX_IMAGE_BYTES:
         raise _refused("image", f"{len(data)} bytes; an image has {HEADER.itemsize} to {MAX_IMAGE_BYTES}", "truncated")
-    header = np.frombuffer(data, HEADER, 1)[0]
+    header: np.void = np.frombuffer(data, HEADER, 1)[0]
     if bytes(data[:8]) != MAGIC:
         raise _refused("header.magic", f"{bytes(data[:8])!r} is not {MAGIC!r}", "the file is no program image")
     if int(header["major"]) != IMAGE_MAJOR or int(header["minor"]) > IMAGE_MINOR:
@@ -446,26 +450,33 @@ def verify(image: Image, capabilities: Capabilities) -> None:
             if (stream.tile, stream.engine) in seen:
                 raise _refused(at, "has two streams", "")
             seen.add((stream.tile, stream.engine))
-            _verify_ops(kernel, stream, at, capabilities)
+        _verify_ops(kernel, where, capabilities)
         _verify_order(kernel, where)
 
 
-def _verify_ops(kernel: KernelImage, stream: Stream, where: str, capabilities: Capabilities) -> None:
-    ops = stream.ops
-    if not len(ops):
+def _verify_ops(kernel: KernelImage, where: str, capabilities: Capabilities) -> None:
+    """Look at every operation of every stream, all at once: a check is one pass over one array."""
+    if not any(len(s.ops) for s in kernel.streams):
         return
+    ops = np.concatenate([s.ops for s in kernel.streams])
+    ends = np.cumsum([len(s.ops) for s in kernel.streams])
+    engine = np.repeat([int(s.engine) for s in kernel.streams], [len(s.ops) for s in kernel.streams])
     opcode = ops["opcode"].astype(np.int64)
 
     def refuse(bad: np.ndarray, what: str, why: str) -> None:
         if bad.any():
             i = int(np.argmax(bad))
-            raise _refused(f"{where} operation {i} ({_op_name(int(opcode[i]))}).{what}", why, "")
+            number = int(np.searchsorted(ends, i, side="right"))
+            stream = kernel.streams[number]
+            first = int(ends[number]) - len(stream.ops)
+            raise _refused(f"{where} tile {stream.tile} {stream.engine.name} operation {i - first} "
+                           f"({_op_name(int(opcode[i]))}).{what}", why, "")
 
-    refuse(~np.isin(opcode, [int(o) for o in MacroOp]), "opcode", "is not in the contract")
-    refuse(np.minimum(opcode >> 4, 2) != int(stream.engine), "opcode", f"does not run on the {stream.engine.name} engine")
+    refuse(~_among(opcode, MacroOp), "opcode", "is not in the contract")
+    refuse(np.minimum(opcode >> 4, 2) != engine, "opcode", "does not run on this engine")
     refuse((ops["reserved"] != 0) | ops["reserved1"].any(axis=1), "reserved", "is not zero")
     flags = ops["flags"].astype(np.int64)
-    allowed = np.where(opcode == MacroOp.MATMUL, 15, np.where(np.isin(opcode, list(_SCALAR_OPS)), 24, 0))
+    allowed = np.where(opcode == MacroOp.MATMUL, 15, np.where(_among(opcode, _SCALAR_OPS), 24, 0))
     refuse((flags & ~allowed) != 0, "flags", "are not this operation's")
     for i, bit in enumerate((OpFlag.SCALAR0_ARG, OpFlag.SCALAR1_ARG)):
         scalars = np.array([a.kind == ArgKind.SCALAR for a in kernel.args] + [False])
@@ -500,8 +511,8 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
     dma = opcode < 0x10
     legal_dtypes = {int(d) for d in capabilities.dtypes} & {int(d) for d in FLOATS}
     for slot, name in enumerate(("dst", "a", "b", "c")):
-        want = np.isin(opcode, list(_OPERANDS[slot]))
-        may = want | np.isin(opcode, list(_OPTIONAL[slot]))
+        want = _among(opcode, _OPERANDS[slot])
+        may = want | _among(opcode, _OPTIONAL[slot])
         s = space[:, slot]
         refuse(want & (s == Space.NONE), name, "is missing")
         raw = np.ascontiguousarray(operand[:, slot]).view("u1").reshape(len(ops), OPERAND.itemsize)
@@ -515,7 +526,7 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
         bytes_only = dma & ~indices
         refuse(used & bytes_only & (d != 0), f"{name}.dtype", "DMA moves bytes: the dtype is 0")
         refuse(indices & ((d != Dtype.INT32) | (s != Space.TILE)), f"{name}.dtype", "indices are INT32 in TILE")
-        refuse(used & ~dma & ~np.isin(d, list(legal_dtypes)), f"{name}.dtype", "is no floating type of this device")
+        refuse(used & ~dma & ~_among(d, legal_dtypes), f"{name}.dtype", "is no floating type of this device")
         width = np.where(bytes_only, 1, DTYPE_BYTES[np.minimum(d, len(DTYPE_BYTES) - 1)])
         row, rows, planes = _shape(slot, opcode, n, batch, flags)
         offset = operand["offset"][:, slot]
@@ -547,9 +558,18 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
             refuse(arg & ~writable[number], name, "writes an argument declared IN")
 
 
+def _among(values: np.ndarray, members: Iterable[int]) -> np.ndarray:
+    """Whether each value (not negative) is one of a few below 255."""
+    table = np.zeros(256, bool)
+    table[[int(m) for m in members]] = True
+    found: np.ndarray = table[np.minimum(values, 255)]
+    return found
+
+
 def matmul_rows(opcode: np.ndarray) -> np.ndarray:
     """Where rows may not be shown again: BLAS wants a leading dimension of at least a row."""
-    return opcode == MacroOp.MATMUL
+    rows: np.ndarray = opcode == MacroOp.MATMUL
+    return rows
 
 
 def _shape(slot: int, opcode: np.ndarray, n: np.ndarray, batch: np.ndarray,
@@ -592,12 +612,14 @@ def _verify_order(kernel: KernelImage, where: str) -> None:
     programs = []
     for stream in kernel.streams:
         sems = np.concatenate([stream.ops["pre"], stream.ops["post"]], axis=1)
-        programs.append((stream, sems["op"].tolist(), sems["index"].tolist(), sems["value"].tolist()))
+        places = np.flatnonzero(sems["op"].any(axis=1))
+        sems = sems[places]
+        programs.append((stream, places, sems["op"].tolist(), sems["index"].tolist(), sems["value"].tolist()))
     at = [0] * len(programs)
     moved = True
     while moved:
         moved = False
-        for number, (stream, op, index, value) in enumerate(programs):
+        for number, (stream, _, op, index, value) in enumerate(programs):
             while at[number] < len(op):
                 i = at[number]
                 keys = [(-1 if x & SHARED_SEMAPHORE else stream.tile, x) for x in index[i]]
@@ -608,12 +630,12 @@ def _verify_order(kernel: KernelImage, where: str) -> None:
                         counts[keys[j]] = counts.get(keys[j], 0) + value[i][j]
                 at[number] += 1
                 moved = True
-    for number, (stream, op, index, value) in enumerate(programs):
+    for number, (stream, places, op, index, value) in enumerate(programs):
         if at[number] < len(op):
             i = at[number]
             waits = " and ".join(f"semaphore {x:#x} >= {v}" for o, x, v in
                                  zip(op[i][:2], index[i][:2], value[i][:2], strict=True) if o)
-            raise _refused(f"{where} tile {stream.tile} {stream.engine.name} operation {i}",
+            raise _refused(f"{where} tile {stream.tile} {stream.engine.name} operation {places[i]}",
                            f"would wait for {waits} for ever", "a post is missing or two streams wait for each other")
 
 

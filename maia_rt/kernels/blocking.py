@@ -15,12 +15,12 @@ Span = tuple[int, int]
 
 BYTES_PER_NS = 8.0
 """Of a tile's DMA."""
-MACS_PER_NS = 50.0
+MACS_PER_NS = 70.0
 """Of a tile's tensor unit in FP32."""
-PACK_PER_NS = 1.5
-"""Elements of the second factor that a tensor unit lays out anew in each MATMUL."""
-OPERATION_NS = 1000.0
-"""What any operation costs beside its work."""
+PACK_PER_NS = 2.5
+"""Elements of its operands that a tensor unit lays out, or adds to, anew in each MATMUL."""
+OPERATION_NS = 3000.0
+"""What any operation costs beside its work, its share of building and loading the kernel included."""
 
 
 def shares(total: int, parts: int, multiple: int = 1) -> list[Span]:

@@ -18,7 +18,7 @@ from maia_rt.kernels.blocking import (
 from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
-MOST_ROWS = 512
+MOST_ROWS = 256
 """Rows in a block; see `maia_rt.kernels.matmul`."""
 
 
@@ -29,7 +29,7 @@ def parts_of(capabilities: Capabilities, hidden: int) -> int:
 
 def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dtype: Dtype = Dtype.FP32,
                  name: str = "feed_forward") -> KernelImage:
-    """``gelu(x @ w1.T + b1) @ w2.T``, as one partial sum for each tile; `add_norm` adds them up.
+    """``gelu(x @ w1 + b1) @ w2``, as one partial sum for each tile; `add_norm` adds them up.
 
     Each tile keeps its hidden units' part of both weights in SRAM where they fit, so weights are read once and the
     hidden layer is never written to memory; the price is that the sums come out in parts.
@@ -39,7 +39,7 @@ def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dty
     capabilities : Capabilities
         Of the device.
     m, n, hidden : int
-        x is (m, n), w1 is (hidden, n), w2 is (n, hidden).
+        x is (m, n), w1 is (n, hidden), w2 is (hidden, n).
     dtype : Dtype
         Of every argument but y, and of the hidden layer; sums are FP32.
     name : str
@@ -58,9 +58,9 @@ def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dty
     builder = KernelBuilder(name, capabilities)
     spans = shares(hidden, capabilities.tiles, 16)
     x = builder.argument("x", ArgKind.IN, dtype, (m, n))
-    w1 = builder.argument("w1", ArgKind.IN, dtype, (hidden, n))
+    w1 = builder.argument("w1", ArgKind.IN, dtype, (n, hidden))
     b1 = builder.argument("b1", ArgKind.IN, dtype, (hidden,))
-    w2 = builder.argument("w2", ArgKind.IN, dtype, (n, hidden))
+    w2 = builder.argument("w2", ArgKind.IN, dtype, (hidden, n))
     y = builder.argument("y", ArgKind.OUT, Dtype.FP32, (len(spans), m, n))
     rows, units = _sizes(m, n, largest(spans), WIDTHS[dtype], capabilities.tile_sram_bytes, name)
     for number, span in enumerate(spans):
@@ -73,14 +73,15 @@ def _sizes(m: int, n: int, hidden: int, width: int, sram_bytes: int, name: str) 
     best: tuple[float, int, int] | None = None
     for units in halvings(hidden):
         copies = 1 if units == hidden else 2
-        for rows in sorted({min(m, s) for s in (MOST_ROWS, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)}):
+        for rows in sorted({min(m, s) for s in (MOST_ROWS, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)}):
             need = (copies * units * (2 * n + 1) * width + 2 * rows * n * (width + 4)
                     + rows * units * (4 if width == 4 else 4 + width) + 16 * SRAM_ALIGNMENT)
             if need > sram_bytes:
                 break
             steps_m, steps_h = -(-m // rows), -(-hidden // units)
             loads = 1 if units == hidden else steps_m
-            cost = (2 * n * hidden * width * loads / BYTES_PER_NS + 2 * n * hidden * steps_m / PACK_PER_NS
+            packed = 2 * n * hidden * steps_m + 2 * m * n * steps_h
+            cost = (2 * n * hidden * width * loads / BYTES_PER_NS + packed / PACK_PER_NS
                     + steps_m * (2 + steps_h * 5) * OPERATION_NS)
             if best is None or cost < best[0]:
                 best = cost, rows, units
@@ -98,7 +99,7 @@ def _write_share(tile: TileBuilder, row_blocks: list[Span], unit_blocks: list[Sp
     rows, units = largest(row_blocks), largest(unit_blocks)
     once = len(unit_blocks) == 1
     copies = 1 if once else 2
-    rings = [tile.ring(copies, shape, w1.dtype) for shape in ((units, n), (units,), (n, units))]
+    rings = [tile.ring(copies, shape, w1.dtype) for shape in ((n, units), (units,), (units, n))]
     x_ring = tile.ring(2, (rows, n), x.dtype)
     sums = tile.ring(2, (rows, n), Dtype.FP32)
     hidden = tile.allocate((rows, units), Dtype.FP32)
@@ -110,8 +111,8 @@ def _write_share(tile: TileBuilder, row_blocks: list[Span], unit_blocks: list[Sp
         (r0, r1), (h0, h1) = item
         loaded = constant
         if not once or not constant:
-            loaded = [rings[0].take()[: h1 - h0], rings[1].take()[: h1 - h0], rings[2].take()[:, : h1 - h0]]
-            for block, source in zip(loaded, (w1[h0:h1], b1[h0:h1], w2[:, h0:h1]), strict=True):
+            loaded = [rings[0].take()[:, : h1 - h0], rings[1].take()[: h1 - h0], rings[2].take()[: h1 - h0]]
+            for block, source in zip(loaded, (w1[:, h0:h1], b1[h0:h1], w2[h0:h1]), strict=True):
                 tile.move(block, source)
             if once:
                 constant.extend(loaded)
@@ -127,10 +128,10 @@ def _write_share(tile: TileBuilder, row_blocks: list[Span], unit_blocks: list[Sp
         if start:
             held["sum"] = sums.take()[: r1 - r0]
         inner, activated = hidden[: r1 - r0, : h1 - h0], rounded[: r1 - r0, : h1 - h0]
-        tile.matmul(inner, block, first, transpose_b=True)
+        tile.matmul(inner, block, first)
         tile.add(inner, inner, bias)
         tile.gelu(activated, inner)
-        tile.matmul(held["sum"], activated, second, accumulate=not start, transpose_b=True)
+        tile.matmul(held["sum"], activated, second, accumulate=not start)
         if h1 == unit_blocks[-1][1]:
             tile.move(y[r0:r1], held["sum"])
 

@@ -22,7 +22,7 @@ from maia_rt.kernels.blocking import (
 from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
-MOST_ROWS = 512
+MOST_ROWS = 256
 """Rows in a block: past this a tensor unit gains nothing more from laying out its second factor once."""
 
 
@@ -63,7 +63,7 @@ def plan(m: int, n: int, k: int, width: int, sram_bytes: int, extra_row_bytes: i
         None where not even the smallest blocks fit.
     """
     best: Blocking | None = None
-    row_sizes = sorted({min(m, s) for s in (MOST_ROWS, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)})
+    row_sizes = sorted({min(m, s) for s in (MOST_ROWS, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)})
     for columns in [n] if whole_rows else halvings(n):
         for depth in halvings(k):
             once = depth == k
@@ -77,7 +77,7 @@ def plan(m: int, n: int, k: int, width: int, sram_bytes: int, extra_row_bytes: i
                     continue
                 steps_m = -(-m // rows)
                 bytes_moved = width * (k * n * (1 if once else steps_m) + m * k * steps_n + m * n)
-                packed = k * n * steps_m
+                packed = k * n * steps_m + m * k * steps_n + m * n * (steps_k - 1)
                 ops = steps_n * steps_m * (steps_k * 3 + 3)
                 cost = bytes_moved / BYTES_PER_NS + packed / PACK_PER_NS + ops * OPERATION_NS
                 if best is None or cost < best.nanoseconds:
@@ -161,7 +161,8 @@ def _write_share(tile: TileBuilder, row_span: Span, column_span: Span, blocking:
     depth_blocks = blocks(0, a.shape[1], blocking.depth)
     rows, columns, depth = (largest(spans) for spans in (row_blocks, column_blocks, depth_blocks))
     once = len(depth_blocks) == 1
-    b_ring = tile.ring(1 if once and len(column_blocks) == 1 else 2, (columns, depth) if transpose_b else (depth, columns), b.dtype)
+    b_ring = tile.ring(1 if once and len(column_blocks) == 1 else 2,
+                       (columns, depth) if transpose_b else (depth, columns), b.dtype)
     a_ring = tile.ring(2, (rows, depth), a.dtype)
     sums = tile.ring(2, (rows, columns), Dtype.FP32)
     results = sums if y.dtype is Dtype.FP32 else tile.ring(2, (rows, columns), y.dtype)
