@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.emulator import emulator, start_emulator  # noqa: F401 (fixtures for every test)
 
 SETTLE_SECONDS = 3.0
 """How long a test's leftovers may take to end by themselves: a process being reaped, a thread being joined."""
