@@ -178,7 +178,7 @@ ADMIN_COMMAND = np.dtype([("opcode", "<u2"), ("flags", "<u2"), ("id", "<u4"), ("
 ADMIN_COMPLETION = np.dtype(
     [("id", "<u4"), ("status", "<u4"), ("result", "<u8", (2,)), ("sequence", "<u4"), ("reserved", "<u4")]
 )
-"""``sequence`` is the command's index + 1 modulo 2^32, written last: the record is valid once it is the expected one."""
+"""``sequence`` is the command's index + 1 modulo 2^32, written last: the record is valid once it is as expected."""
 
 IDENTIFY = np.dtype(
     [("contract_major", "<u2"), ("contract_minor", "<u2"), ("profile", "<u4"), ("model", "S64"), ("firmware", "S32"),
@@ -192,7 +192,7 @@ CREATE_QUEUE = np.dtype(
      ("queue", "<u4"), ("reserved1", "<u4"), ("reserved2", "<u8")]
 )
 """Parameters of CREATE_QUEUE, in place of ``p``. ``queue`` is the id asked for, or ANY_QUEUE; ``vector`` is
-NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: the id."""
+NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: its id."""
 ANY_QUEUE = 0xFFFFFFFF
 NO_VECTOR = 0xFFFF
 

@@ -135,8 +135,8 @@ OPERAND = np.dtype(
 )
 """24 bytes. Strides are bytes; a row stride of 0 shows one row again and again (sources only)."""
 OP = np.dtype(
-    [("opcode", "<u2"), ("flags", "<u2"), ("reserved", "<u4"), ("pre", SEMAPHORE_OP, (2,)), ("post", SEMAPHORE_OP, (2,)),
-     ("operand", OPERAND, (4,)), ("n", "<u4", (3,)), ("batch", "<u4"), ("scalar", "<u4", (2,)),
+    [("opcode", "<u2"), ("flags", "<u2"), ("reserved", "<u4"), ("pre", SEMAPHORE_OP, (2,)),
+     ("post", SEMAPHORE_OP, (2,)), ("operand", OPERAND, (4,)), ("n", "<u4", (3,)), ("batch", "<u4"), ("scalar", "<u4", (2,)),
      ("reserved1", "<u8", (4,))]
 )
 """192 bytes. Operands are DST, A, B, C. ``n`` is (row bytes, rows, planes) for DMA, (m, n, k) and ``batch`` for MATMUL,
@@ -408,7 +408,8 @@ def _kernel(row: np.void, index: int, parts: dict[Section, np.ndarray], strings:
         start, count = int(entry["first_op"]), int(entry["op_count"])
         if start + count > len(parts[Section.OPS]):
             raise _refused(f"{at}.first_op", f"{start} + {count} is past the {len(parts[Section.OPS])} OPS", "")
-        streams.append(Stream(int(entry["tile"]), Engine(int(entry["engine"])), parts[Section.OPS][start : start + count]))
+        streams.append(Stream(int(entry["tile"]), Engine(int(entry["engine"])),
+                              parts[Section.OPS][start : start + count]))
     return KernelImage(name, tuple(args), tuple(streams), int(row["tiles"]), int(row["sram_bytes"]),
                        int(row["tile_semaphores"]), int(row["shared_semaphores"]))
 
@@ -489,19 +490,22 @@ def _verify_ops(kernel: KernelImage, where: str, capabilities: Capabilities) -> 
         limit = np.where(index & SHARED_SEMAPHORE, kernel.shared_semaphores, kernel.tile_semaphores)
         only = WaitOp.GE if group == "pre" else PostOp.ADD
         refuse((used & (sem["op"] != only)).any(axis=1), group, f"must be {largest.name}")
-        refuse((used & ((index & ~SHARED_SEMAPHORE) >= limit)).any(axis=1), group, "names a semaphore past the declared ones")
-        refuse((used & (sem["value"] >= 1 << 20)).any(axis=1) | (sem["reserved"] != 0).any(axis=1), group, "has a value past 2^20")
+        refuse((used & ((index & ~SHARED_SEMAPHORE) >= limit)).any(axis=1), group,
+               "names a semaphore past the declared ones")
+        refuse((used & (sem["value"] >= 1 << 20)).any(axis=1), group, "has a value past 2^20")
+        refuse((sem["reserved"] != 0).any(axis=1), f"{group}.reserved", "is not zero")
     n = ops["n"].astype(np.int64)
     batch = ops["batch"].astype(np.int64)
     refuse((n == 0).any(axis=1) | (n > 1 << 24).any(axis=1), "n", "is 0 or past 2^24")
     matmul = opcode == MacroOp.MATMUL
     refuse((matmul & ((batch == 0) | (batch > 1 << 16))) | (~matmul & (batch != 0)), "batch", "is out of range")
-    refuse((opcode == MacroOp.GATHER) & (n[:, 2] > 1 << 24), "n", "has a table too long")
+    refuse((opcode == MacroOp.SET) & (n[:, 0] % 4 != 0), "n", "has rows that are no multiple of 4 bytes")
     _verify_operands(kernel, ops, opcode, n, batch, flags, refuse, capabilities)
 
 
 def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n: np.ndarray, batch: np.ndarray,
-                     flags: np.ndarray, refuse: Callable[[np.ndarray, str, str], None], capabilities: Capabilities) -> None:
+                     flags: np.ndarray, refuse: Callable[[np.ndarray, str, str], None],
+                     capabilities: Capabilities) -> None:
     operand = ops["operand"]
     space = operand["space"].astype(np.int64)
     dtype = operand["dtype"].astype(np.int64)
@@ -539,7 +543,9 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
         align = np.maximum(width, 1)
         refuse(used & ((offset % align != 0) | (row_stride % align != 0) | (plane_stride % align != 0)), name,
                "is not aligned to its elements")
-        refuse(used & (rows > 1) & (row_stride < row * width) & ((slot == DST) | matmul_rows(opcode) | (row_stride != 0)),
+        # Sources may show one row again and again, but BLAS wants a leading dimension of at least a row.
+        distinct = (slot == DST) | (opcode == MacroOp.MATMUL) | (row_stride != 0)
+        refuse(used & (rows > 1) & (row_stride < row * width) & distinct,
                f"{name}.row_stride", "is shorter than a row")
         refuse(used & (planes > 1) & (slot == DST) & (plane_stride < (rows - 1) * row_stride + row * width),
                f"{name}.plane_stride", "is shorter than a plane")
@@ -564,12 +570,6 @@ def _among(values: np.ndarray, members: Iterable[int]) -> np.ndarray:
     table[[int(m) for m in members]] = True
     found: np.ndarray = table[np.minimum(values, 255)]
     return found
-
-
-def matmul_rows(opcode: np.ndarray) -> np.ndarray:
-    """Where rows may not be shown again: BLAS wants a leading dimension of at least a row."""
-    rows: np.ndarray = opcode == MacroOp.MATMUL
-    return rows
 
 
 def _shape(slot: int, opcode: np.ndarray, n: np.ndarray, batch: np.ndarray,
