@@ -192,7 +192,7 @@ CREATE_QUEUE = np.dtype(
      ("queue", "<u4"), ("reserved1", "<u4"), ("reserved2", "<u8")]
 )
 """Parameters of CREATE_QUEUE, in place of ``p``. ``queue`` is the id asked for, or ANY_QUEUE; ``vector`` is
-NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: its id."""
+NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: id."""
 ANY_QUEUE = 0xFFFFFFFF
 NO_VECTOR = 0xFFFF
 

@@ -73,9 +73,9 @@ def test_the_wheel_has_extensions_stubs_and_the_register_description_and_no_c(bu
             assert f"{package}/{source.stem}{tag}" in names
             assert f"{package}/{source.stem}.pyi" in names
     assert {"maia_rt/py.typed", "maia_rt/contract/registers.rdl", "maia_rt/_fast/commands.pxd"} <= names
-    assert [n for n in names if n.endswith((".c", ".h", ".pyx")) or n.startswith(("tests", "tools/", "emulator/"))] == []
-    assert {n.split("/")[0] for n in names} - {n for n in {n.split("/")[0] for n in names} if n.endswith(".dist-info")} \
-        == {"maia_rt", "maia_emulator", "maia_tools"}
+    assert [n for n in names if n.endswith((".c", ".h", ".pyx"))] == []
+    tops = {n.split("/")[0] for n in names}
+    assert {n for n in tops if not n.endswith(".dist-info")} == {"maia_rt", "maia_emulator", "maia_tools"}
 
 
 def test_the_installed_wheel_opens_a_device_and_copies_away_from_the_source_tree(installed):
@@ -92,5 +92,7 @@ with maia_rt.open("emulated") as device, device.create_stream() as stream:
 assert bytes(back) == bytes(range(256)) * 16
 print("copied")
 """
-    assert run(installed / "venv/bin/python", "-W", "error", "-c", code, cwd=installed, env=env).stdout == "copied\n"
-    assert re.fullmatch(r"maia \d+\.\d+\.\d+\S*\n", run(installed / "venv/bin/maia", "--version", cwd=installed, env=env).stdout)
+    done = run(installed / "venv/bin/python", "-W", "error", "-c", code, cwd=installed, env=env)
+    assert done.stdout == "copied\n"
+    done = run(installed / "venv/bin/maia", "--version", cwd=installed, env=env)
+    assert re.fullmatch(r"maia \d+\.\d+\.\d+\S*\n", done.stdout)
