@@ -136,8 +136,8 @@ OPERAND = np.dtype(
 """24 bytes. Strides are bytes; a row stride of 0 shows one row again and again (sources only)."""
 OP = np.dtype(
     [("opcode", "<u2"), ("flags", "<u2"), ("reserved", "<u4"), ("pre", SEMAPHORE_OP, (2,)),
-     ("post", SEMAPHORE_OP, (2,)), ("operand", OPERAND, (4,)), ("n", "<u4", (3,)), ("batch", "<u4"), ("scalar", "<u4", (2,)),
-     ("reserved1", "<u8", (4,))]
+     ("post", SEMAPHORE_OP, (2,)), ("operand", OPERAND, (4,)), ("n", "<u4", (3,)), ("batch", "<u4"),
+     ("scalar", "<u4", (2,)), ("reserved1", "<u8", (4,))]
 )
 """192 bytes. Operands are DST, A, B, C. ``n`` is (row bytes, rows, planes) for DMA, (m, n, k) and ``batch`` for MATMUL,
 (columns, rows, planes) in elements for vector operations. ``scalar`` holds FP32 bits."""
