@@ -90,6 +90,10 @@ class DeviceLost(MaiaError):
     """The device is gone: its server ended, its link is down, or it reads as all ones."""
 
 
+class FirmwareError(MaiaError):
+    """Firmware did not boot, died, or failed a command that it should carry out."""
+
+
 class DeviceTimeout(MaiaError, TimeoutError):
     """A deadline passed. The text names what was waited for and who should have signalled."""
 

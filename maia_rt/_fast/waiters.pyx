@@ -115,8 +115,8 @@ cdef class Waiters:
 
     cdef int look(self, uint64_t sequence) noexcept nogil:
         """What is known now of the command `sequence`."""
-        # Contract 7.5: progress is read before state, and what a stopped queue had before its fault is retired. The failed
-        # command itself counts as retired too.
+        # Contract 7.5: progress is read before state, and what a stopped queue had before its fault is retired. The
+        # failed command itself counts as retired too.
         cdef bint reached = <int64_t>(load64(&self.progress.progress) - sequence) >= 0
         if load32(&self.progress.state) != QUEUE_RUNNING:
             return STOPPED if <int64_t>(sequence - self.progress.fault_sequence) >= 0 else DONE

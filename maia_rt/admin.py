@@ -1,0 +1,225 @@
+"""The admin queue: the two rings through which the driver asks firmware for everything that is not a command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from maia_rt.contract.commands import ADMIN_COMMAND, ADMIN_COMPLETION, AdminOpcode, AdminStatus
+from maia_rt.contract.registers import BAR0, Bar0, BootState
+from maia_rt.errors import (
+    DeviceBusy,
+    DeviceLost,
+    DeviceTimeout,
+    FirmwareError,
+    InvalidArgument,
+    MaiaError,
+    OutOfQueues,
+    ProgramError,
+    ResourceExhausted,
+    Unsupported,
+)
+from maia_rt.memory import PinnedPool
+from maia_rt.transport import Transport
+from maia_rt.transport.uapi import PciRegion
+
+ENTRIES_LOG2: Final = 4
+PAGE_BYTES: Final = 16 * 1024
+MESSAGE_BYTES: Final = 1024
+HEARTBEAT_SECONDS: Final = 1.0
+"""A heartbeat that stands still for so long is dead firmware."""
+_SPIN_SECONDS: Final = 0.0002
+_U32: Final = 0xFFFFFFFF
+
+
+class AdminQueue:
+    """One admin command at a time, each with a deadline.
+
+    Parameters
+    ----------
+    transport : Transport
+    pool : PinnedPool
+        Where the rings and the data page come from.
+    event_fd : int
+        The device's event vector, which also tells completions.
+    on_event : callable
+        Serves that vector; it must call :meth:`ring_bell`, for another thread may serve it on this one's behalf.
+    timeout : float
+        How long one command may take, in seconds.
+
+    Attributes
+    ----------
+    lock : RLock
+        Held around a command that uses the data page, and what it left there.
+    page : memoryview
+        16 KiB that commands read from and write to, at the device address `page_iova`.
+    """
+
+    def __init__(self, transport: Transport, pool: PinnedPool, event_fd: int, on_event: Callable[[], object],
+                 timeout: float) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._event_fd = event_fd
+        self._on_event = on_event
+        self._broken: MaiaError | None = None
+        self._tail = 0
+        self.lock = threading.RLock()
+        sizes = (ADMIN_COMMAND.itemsize << ENTRIES_LOG2, ADMIN_COMPLETION.itemsize << ENTRIES_LOG2, PAGE_BYTES)
+        self._blocks = [pool.allocate(size) for size in sizes]
+        sq, cq, page = self._blocks
+        self._sq = np.frombuffer(sq.view(), ADMIN_COMMAND)
+        self._cq = np.frombuffer(cq.view(), ADMIN_COMPLETION)
+        self.page = page.view()
+        self.page_iova = page.iova
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def announce(self) -> None:
+        """Tell the device where the rings are. It takes this over when it is enabled, and starts at index 0."""
+        self._sq[:] = np.zeros((), ADMIN_COMMAND)
+        self._tail = 0
+        self._broken = None
+        write = self._transport.write
+        write(PciRegion.BAR0, Bar0.ADMIN_SQ, 8, self._blocks[0].iova)
+        write(PciRegion.BAR0, Bar0.ADMIN_CQ, 8, self._blocks[1].iova)
+        write(PciRegion.BAR0, Bar0.ADMIN_SIZE, 4, ENTRIES_LOG2)
+
+    def execute(self, opcode: AdminOpcode, *p: int, params: np.ndarray | None = None) -> tuple[int, int]:
+        """Run one admin command and return its two results.
+
+        Parameters
+        ----------
+        opcode : AdminOpcode
+        *p : int
+            Its parameters; the others are zero.
+        params : ndarray, optional
+            A structure in place of `p`.
+
+        Raises
+        ------
+        MaiaError
+            By the completion's status: Unsupported, InvalidArgument, ResourceExhausted, DeviceBusy, ProgramError,
+            FirmwareError.
+        DeviceTimeout
+            No completion in time. Firmware counts as dead from then on.
+        """
+        with self.lock:
+            if self._broken is not None:
+                raise FirmwareError(f"{self._transport.name}: firmware no longer answers",
+                                    cause=self._broken.what, hint="reset the device") from self._broken
+            slot = self._tail % len(self._sq)
+            command = np.zeros((), ADMIN_COMMAND)
+            command["opcode"], command["id"] = opcode, self._tail & _U32
+            if params is None:
+                command["p"][: len(p)] = p
+            else:
+                command["p"] = np.frombuffer(params.tobytes(), "<u8")
+            self._sq[slot] = command
+            self._tail += 1
+            try:
+                self._transport.write(PciRegion.BAR0, Bar0.ADMIN_TAIL, 4, self._tail & _U32)
+                status, *results = self._await(slot, opcode)
+            except (DeviceTimeout, FirmwareError) as error:
+                self._broken = error
+                raise
+            if status != AdminStatus.OK:
+                raise self._refusal(opcode, status)
+            return results[0], results[1]
+
+    def ring_bell(self) -> None:
+        """Wake the thread that waits for a completion: vector 0, which may have told it, has been served."""
+        if self._bell >= 0:
+            os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """Give the memory back; the device must no longer use it. Idempotent."""
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
+            self._sq, self._cq, self.page = self._sq[:0].copy(), self._cq[:0].copy(), memoryview(b"")
+            for block in self._blocks:
+                block.free()
+
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    def _await(self, slot: int, opcode: AdminOpcode) -> tuple[int, int, int]:
+        """Wait for the newest command's completion: status and results.
+
+        An interrupt is held back until then: the device may be writing to memory that the caller is about to free.
+        """
+        expected = self._tail & _U32
+        start = time.monotonic()
+        deadline, next_look, beat = start + self._timeout, start + HEARTBEAT_SECONDS, -1
+        interrupt: KeyboardInterrupt | None = None
+        while int(self._cq["sequence"][slot]) != expected:
+            now = time.monotonic()
+            try:
+                if now > deadline:
+                    raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {opcode.name} within "
+                                        f"{now - start:.1f} s", cause="firmware hangs", hint="reset the device")
+                if now > next_look:
+                    next_look, beat = now + HEARTBEAT_SECONDS, self._listen(beat)
+                if now > start + _SPIN_SECONDS:
+                    self._sleep()
+            except KeyboardInterrupt as error:
+                interrupt = error
+                deadline = min(deadline, now + HEARTBEAT_SECONDS)
+        record = self._cq[slot]
+        if interrupt is not None:
+            raise interrupt
+        return int(record["status"]), int(record["result"][0]), int(record["result"][1])
+
+    def _sleep(self) -> None:
+        """Block until vector 0 fires, another thread has served it, or the transport wants attention."""
+        poll = select.poll()
+        liveness = self._transport.liveness_fd
+        poll.register(self._event_fd, select.POLLIN)
+        poll.register(self._bell, select.POLLIN)
+        if liveness is not None:
+            poll.register(liveness, select.POLLIN | select.POLLRDHUP)
+        for fd, _ in poll.poll(50):
+            if fd == self._event_fd:
+                self._on_event()
+            elif fd == self._bell:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+            else:
+                self._transport.service()
+
+    def _listen(self, before: int) -> int:
+        """Return the heartbeat; raise where it stands still or the state says that firmware is gone."""
+        status, beat = (self._transport.read(PciRegion.BAR0, offset, 4) for offset in (Bar0.STATUS, Bar0.HEARTBEAT))
+        name = self._transport.name
+        if status == beat == _U32:
+            raise DeviceLost(f"{name}: registers read as all ones", cause="the link is down or the device was removed")
+        if BAR0["STATUS"].get(status, "BOOT") != BootState.READY:
+            raise FirmwareError(f"{name}: firmware died", hint="reset the device")
+        if beat == before:
+            raise FirmwareError(f"{name}: the heartbeat stands still at {beat}", cause="firmware hangs",
+                                hint="reset the device")
+        return beat
+
+    # --- refusals ----------------------------------------------------------------------------------------------------
+
+    def _refusal(self, opcode: AdminOpcode, status: int) -> MaiaError:
+        name = AdminStatus(status).name if status in set(AdminStatus) else str(status)
+        text = f"{self._transport.name}: {opcode.name} was refused: {name}"
+        if status == AdminStatus.INVALID_OPCODE:
+            return Unsupported(text, cause="the firmware is older than this driver")
+        if status in (AdminStatus.INVALID_FIELD, AdminStatus.NOT_FOUND, AdminStatus.BAD_ADDRESS):
+            return InvalidArgument(text)
+        if status == AdminStatus.NO_RESOURCE:
+            kind = OutOfQueues if opcode == AdminOpcode.CREATE_QUEUE else ResourceExhausted
+            return kind(text, cause="all are in use", hint="close some")
+        if status == AdminStatus.IN_USE:
+            return DeviceBusy(text, cause="something still uses it", hint="synchronize and close its users first")
+        if status == AdminStatus.PROGRAM_REFUSED:
+            reason = bytes(self.page[:MESSAGE_BYTES]).split(b"\0", 1)[0].decode(errors="replace")
+            return ProgramError(reason or text)
+        return FirmwareError(text, hint="reset the device")
