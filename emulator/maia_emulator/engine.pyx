@@ -141,7 +141,7 @@ cdef class Engine:
     def stop(self):
         """End and join the threads. Idempotent."""
         if self.thread is not None:
-            self._clear()
+            self.clear()
             self.front.stop()
             self.thread.join()
             self.thread = None
@@ -149,11 +149,12 @@ cdef class Engine:
 
     def reset(self):
         """Function reset: no queue, context or program is left; memory reads as zero. DMA mappings stay."""
-        self._clear()
+        self.clear()
         self.memory.clear()
         self.vectors.clear()
 
-    def _clear(self):
+    def clear(self):
+        """CONTROL.ENABLE 1 -> 0: no queue, context or program is left; counters, semaphores and log start anew."""
         cdef uint32_t i
         cdef FrontEnd front = self.front
         with nogil:
@@ -284,7 +285,7 @@ cdef class Engine:
             raise AdminError(AdminStatus.INVALID_FIELD, "an address is no multiple of 64")
         if p.vector != NO_VECTOR and p.vector >= <uint32_t> self.vectors.count:
             raise AdminError(AdminStatus.INVALID_FIELD, f"there is no vector {p.vector}")
-        if p.queue != ANY_QUEUE and p.queue >= front.max_queues:
+        if p.queue != <uint32_t> ANY_QUEUE and p.queue >= front.max_queues:
             raise AdminError(AdminStatus.INVALID_FIELD, f"there is no queue {p.queue}")
         for address, size in ((p.ring, 64 << p.entries_log2), (p.progress, 64), (p.reports, 32 << p.reports_log2)):
             self._require_host(address, size)
@@ -294,9 +295,11 @@ cdef class Engine:
             if p.context >= MAX_CONTEXTS or not self.contexts[p.context].live:
                 raise AdminError(AdminStatus.NOT_FOUND, f"there is no context {p.context}")
             i = p.queue
-            if i == ANY_QUEUE:
-                i = next((n for n in range(front.max_queues) if not front.queues[n].live), ANY_QUEUE)
-                if i == ANY_QUEUE:
+            if i == <uint32_t> ANY_QUEUE:
+                i = 0
+                while i < front.max_queues and front.queues[i].live:
+                    i += 1
+                if i == front.max_queues:
                     raise AdminError(AdminStatus.NO_RESOURCE, f"all {front.max_queues} queues are in use")
             q = &front.queues[i]
             if q.live:

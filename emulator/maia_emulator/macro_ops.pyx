@@ -132,8 +132,8 @@ cdef uint32_t move_row(DeviceMemory memory, unit_t *unit, op_t *op, uint64_t dst
         return FAULT_NONE
     pthread_rwlock_rdlock(&memory.dma.lock)
     status = memory.copy(address(memory, unit, &op.operand[OPERAND_DST], dst),
-                              address(memory, unit, &op.operand[OPERAND_A], src), size, launch.context,
-                              &worker.traffic, bad)
+                         address(memory, unit, &op.operand[OPERAND_A], src), size, launch.context,
+                         &worker.traffic, bad)
     pthread_rwlock_unlock(&memory.dma.lock)
     return status
 
@@ -151,7 +151,7 @@ cdef uint32_t gather(DeviceMemory memory, unit_t *unit, op_t *op, worker_t *work
             bad[0] = <uint64_t> <int64_t> row
             return FAULT_PROGRAM
         status = move_row(memory, unit, op, dst.offset + <uint64_t> i * dst.row_stride,
-                               table.offset + <uint64_t> row * table.row_stride, op.n[0], worker, bad)
+                          table.offset + <uint64_t> row * table.row_stride, op.n[0], worker, bad)
         if status:
             return status
     return FAULT_NONE
@@ -177,7 +177,7 @@ cdef uint32_t fill(DeviceMemory memory, unit_t *unit, op_t *op, worker_t *worker
                 else:
                     pthread_rwlock_rdlock(&memory.dma.lock)
                     status = memory.store(address(memory, unit, dst, start + done), pattern, length,
-                                               unit.launch.context, &worker.traffic, bad)
+                                          unit.launch.context, &worker.traffic, bad)
                     pthread_rwlock_unlock(&memory.dma.lock)
                     if status:
                         return status

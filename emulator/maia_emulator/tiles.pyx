@@ -33,7 +33,15 @@ from maia_emulator.support cimport (
     store32,
     swap_if32,
 )
-from maia_rt._fast.commands cimport ARG_IN, ARG_SCALAR, FAULT_BAD_FIELD, FAULT_NONE, FAULT_PROGRAM, SHARED_SEMAPHORE, op_t
+from maia_rt._fast.commands cimport (
+    ARG_IN,
+    ARG_SCALAR,
+    FAULT_BAD_FIELD,
+    FAULT_NONE,
+    FAULT_PROGRAM,
+    SHARED_SEMAPHORE,
+    op_t,
+)
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *data, size_t size)
