@@ -101,15 +101,17 @@ class Firmware:
             self._bell.notify()
 
     def halt(self) -> None:
-        """Stop and clear the whole device: queues, contexts, programs. The caller has barred message DMA."""
+        """Stop, and delete every queue, context and program; memory stays. The caller has barred message DMA."""
         with self._commit:
             with self._bell:
                 self._generation += 1
                 self._boot_wanted = self._ready = False
                 self._tail = self._head = 0
                 self._beat_since, self._beats = None, 0
+                self._registers.store("ADMIN_TAIL", 0)
+                self._registers.store("ADMIN_HEAD", 0)
                 self._status(BootState.RESET)
-            self._engine.reset()
+            self._engine.clear()
 
     def stop(self) -> None:
         """End the thread. One that is deep in a command is left to end by itself: it can change nothing any more."""

@@ -90,6 +90,7 @@ class Function:
         """Reset all but configuration space (CONTROL.RESET)."""
         with self.message_dma.barred():
             self.firmware.halt()
+            self.engine.reset()
         self.registers.reset()
         self._register_bar.reset()
 
