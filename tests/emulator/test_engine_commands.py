@@ -1,5 +1,6 @@
 """Each command of the contract, encoded by hand, on the engine itself."""
 
+import itertools
 import os
 import struct
 import time
@@ -53,7 +54,7 @@ def test_copy_moves_exactly_the_bytes_asked_for(bare, data, size):
 def test_copy_reaches_cluster_and_tile_memory(bare, data):
     queue = bare.queue()
     way = [bare.address(DATA), (2 << 48) + (1 << 32) + 64, (3 << 48) + (3 << 32) + 128, bare.address(DATA + (2 << 20))]
-    for src, dst in zip(way, way[1:], strict=False):
+    for src, dst in itertools.pairwise(way):
         queue.put(c.COPY, Opcode.COPY, src=src, dst=dst, size=1000, flags=CommandFlag.BARRIER)
     assert queue.wait() == 0
     assert (bare.host[DATA + (2 << 20) : DATA + (2 << 20) + 1000] == data[:1000]).all()
@@ -161,7 +162,8 @@ def test_an_indirect_list_is_one_command(bare, data):
             command(c.COMMAND, Opcode.NOP, post=[(FREE, PostOp.ADD, 1)])]
     area = bare.host[DATA + (3 << 20) : DATA + (3 << 20) + 64 * 3]
     area[:] = np.frombuffer(b"".join(r.tobytes() for r in rows), np.uint8)
-    queue.put(c.INDIRECT, Opcode.INDIRECT, list=bare.address(DATA + (3 << 20)), count=3, post=[(FREE + 1, PostOp.SET, 1)])
+    queue.put(c.INDIRECT, Opcode.INDIRECT, list=bare.address(DATA + (3 << 20)), count=3,
+              post=[(FREE + 1, PostOp.SET, 1)])
     assert queue.wait() == 0
     assert queue.progress == 1
     assert (bare.host[DATA + (2 << 20) : DATA + (2 << 20) + 100] == data[:100]).all()

@@ -61,7 +61,8 @@ class BareEngine:
 class BareQueue:
     """A queue written and read by hand."""
 
-    def __init__(self, bare, number, *, entries_log2=6, reports_log2=6, initial=2**32 - 3, vector=c.NO_VECTOR, context=0):
+    def __init__(self, bare, number, *, entries_log2=6, reports_log2=6, initial=2**32 - 3, vector=c.NO_VECTOR,
+                 context=0):
         self.bare = bare
         base = number * QUEUE_AREA
         params = np.zeros((), c.CREATE_QUEUE)
