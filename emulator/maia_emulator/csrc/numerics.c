@@ -151,25 +151,20 @@ WIDE static void row_scale(float *d, const float *a, int64_t n, float s, float t
     for (int64_t i = 0; i < n; i++) d[i] = s * a[i] + t;
 }
 
+/* Dropped columns become minus infinity, which exp turns into an exact zero. */
 WIDE static void row_softmax(float *d, const float *a, const float *keep, int64_t n, float scale) {
     float top = -INFINITY, sum = 0.0f;
-    if (keep) {
-        for (int64_t i = 0; i < n; i++) {
-            float v = keep[i] != 0.0f ? scale * a[i] : -INFINITY;
-            top = v > top || v != v ? v : top;
-        }
-        if (top == -INFINITY) {
-            memset(d, 0, (size_t)n * 4);
-            return;
-        }
-        for (int64_t i = 0; i < n; i++) d[i] = keep[i] != 0.0f ? exp_of(scale * a[i] - top) : 0.0f;
-    } else {
-        for (int64_t i = 0; i < n; i++) {
-            float v = scale * a[i];
-            top = v > top || v != v ? v : top;
-        }
-        for (int64_t i = 0; i < n; i++) d[i] = exp_of(scale * a[i] - top);
+    if (keep)
+        for (int64_t i = 0; i < n; i++) d[i] = keep[i] != 0.0f ? scale * a[i] : -INFINITY;
+    else
+        for (int64_t i = 0; i < n; i++) d[i] = scale * a[i];
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = d[i] > top ? d[i] : top;
+    if (top == -INFINITY) { /* nothing kept, or nothing but minus infinity: a NaN goes on, all else is zero */
+        for (int64_t i = 0; i < n; i++) d[i] = d[i] != d[i] ? d[i] : 0.0f;
+        return;
     }
+    for (int64_t i = 0; i < n; i++) d[i] = exp_of(d[i] - top);
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += d[i];
     float inverse = 1.0f / sum;
