@@ -15,6 +15,14 @@ from maia_emulator.support cimport (
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *data, size_t size)
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    short POLLOUT
+
 
 cdef class Vectors:
     """The function's interrupt vectors. A vector that is masked or has no eventfd stays pending."""
@@ -51,11 +59,13 @@ cdef class Vectors:
 
     cdef void deliver(self, int vector) noexcept nogil:
         cdef uint64_t one = 1
+        cdef pollfd room
         self.waiting[vector] = 1
         if self.eventfds[vector] >= 0 and not self.masked[vector]:
-            # EAGAIN means that the counter is at its top: the client has an interrupt to find already.
+            # A client may hand us a counter at its top: writing would block, and it has an interrupt to find already.
             self.waiting[vector] = 0
-            if write(self.eventfds[vector], &one, 8) < 0:
+            room.fd, room.events = self.eventfds[vector], POLLOUT
+            if poll(&room, 1, 0) == 1 and write(self.eventfds[vector], &one, 8) < 0:
                 pass
 
     def assign(self, int vector, int eventfd):

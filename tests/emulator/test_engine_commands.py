@@ -210,6 +210,21 @@ def test_an_armed_vector_fires_once(bare):
         os.close(eventfd)
 
 
+def test_an_eventfd_at_its_top_does_not_block_the_engine(bare):
+    eventfd = os.eventfd(0)
+    try:
+        os.write(eventfd, struct.pack("<Q", 2**64 - 2))
+        bare.engine.set_vector(3, eventfd)
+        queue = bare.queue(initial=0, vector=3)
+        queue.page[4:6].view(np.uint64)[0] = 1
+        queue.put(c.COMMAND, Opcode.NOP)
+        queue.put(c.COMMAND, Opcode.NOP)
+        assert queue.wait() == 0
+    finally:
+        bare.engine.set_vector(3, -1)
+        os.close(eventfd)
+
+
 def _count(eventfd):
     try:
         return struct.unpack("<Q", os.read(eventfd, 8))[0]
