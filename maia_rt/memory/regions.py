@@ -7,18 +7,17 @@ import fcntl
 import logging
 import os
 import warnings
-import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, OutOfMemory, TransportError
+from maia_rt.transport import fork
 from maia_rt.transport.mapping import PAGE_SIZE, SharedMapping
 
 _log = logging.getLogger(__name__)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _said: set[str] = set()
-_LIVE: weakref.WeakSet[DmaRegion] = weakref.WeakSet()
 
 
 class DmaRegion:
@@ -60,7 +59,7 @@ class DmaRegion:
                 raise OutOfMemory(f"the host has {available} bytes left, a DMA region of {size} was asked for",
                                   hint="free memory, or use smaller buffers")
             self._make(size, PAGE_SIZE, name, 0)
-        _LIVE.add(self)
+        fork.follow(self)
 
     def _try_huge(self, size: int, page: int, name: str) -> None:
         try:
@@ -197,11 +196,3 @@ def _meminfo(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) << 10
     return 0
-
-
-def _forget_in_child() -> None:
-    for region in list(_LIVE):
-        region._after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

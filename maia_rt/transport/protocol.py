@@ -260,6 +260,32 @@ class Transport(Protocol):
         """
 
 
+def check_access(
+    name: str, regions: Sequence[RegionInfo], region: int, *, offset: int, size: int, flag: int,
+    sizes: tuple[int, ...] = (),
+) -> None:
+    """Raise unless `size` bytes at `offset` of `region` exist and allow what `flag` (REGION_FLAG_*) stands for.
+
+    Raises
+    ------
+    InvalidArgument
+        They do not exist, or `sizes` is given and `size` is not among them.
+    Unsupported
+        The region cannot be read, or written.
+    """
+    if sizes and size not in sizes:
+        raise InvalidArgument(f"{name}: a register access has 1, 2, 4 or 8 bytes, not {size}")
+    if not 0 <= region < len(regions):
+        raise InvalidArgument(f"{name}: there is no region {region}; the last is {len(regions) - 1}")
+    info = regions[region]
+    if offset < 0 or size < 0 or offset + size > info.size:
+        raise InvalidArgument(f"{name}: {size} bytes at {offset:#x} are not within region {region}, which has "
+                              f"{info.size:#x} bytes")
+    if not info.flags & flag:
+        verb = "read" if flag == uapi.REGION_FLAG_READ else "written"
+        raise Unsupported(f"{name}: region {region} cannot be {verb}")
+
+
 def check_irq(name: str, irqs: Sequence[IrqInfo], index: int, *, start: int, count: int, flag: int = 0) -> None:
     """Raise unless interrupt `index` has the vectors `start` ... `start + count - 1` and the capability `flag`.
 

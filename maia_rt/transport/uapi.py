@@ -1,15 +1,13 @@
-"""Constants of ``linux/vfio.h`` that the kernel and vfio-user share, and the kernel's structures and ioctl numbers.
+"""Constants of ``linux/vfio.h`` that the kernel and vfio-user share.
 
 vfio-user took over the kernel's region, interrupt and capability numbers unchanged, so they stand here once for both.
-The structures and numbers are compared with the kernel's own headers in ``tests/unit/test_kernel_uapi.py``.
+They are compared with the kernel's own headers in ``tests/unit/test_kernel_uapi.py``.
 """
 
 from __future__ import annotations
 
 import enum
 from typing import Final
-
-# --- shared by the kernel and vfio-user ------------------------------------------------------------------------------
 
 DEVICE_FLAG_RESET: Final = 1 << 0
 DEVICE_FLAG_PCI: Final = 1 << 1

@@ -19,7 +19,6 @@ import socket
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
@@ -32,7 +31,7 @@ from maia_rt.errors import (
     ProtocolError,
     TransportError,
 )
-from maia_rt.transport import wire
+from maia_rt.transport import fork, wire
 from maia_rt.transport.dma_table import DmaTable
 from maia_rt.transport.protocol import Access
 from maia_rt.transport.wire import Command, Header
@@ -45,8 +44,6 @@ _SERVED_AT_ONCE: Final = 256
 
 # The states of a connection. Every call compares with READY under the lock, so one comparison covers all the others.
 READY, BUSY, CLOSED, LOST, FORKED = range(5)
-
-_LIVE: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 class Connection:
@@ -79,7 +76,7 @@ class Connection:
         self._pending = bytearray()
         self._peek = bytearray(1)
         self._dma = DmaTable(name, wire.DEFAULT_MAX_DMA_MAPS, 4096)
-        _LIVE.add(self)
+        fork.follow(self)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -328,11 +325,3 @@ class Connection:
             piece[:] = given[: len(piece)]
             given = given[len(piece):]
         return [wire.DMA_ACCESS.pack(address, count)]
-
-
-def _forget_in_child() -> None:
-    for connection in list(_LIVE):
-        connection._after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

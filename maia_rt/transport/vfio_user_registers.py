@@ -14,9 +14,9 @@ import socket
 import struct
 from typing import Final, NoReturn
 
-from maia_rt.errors import InvalidArgument, ProtocolError, Unsupported
+from maia_rt.errors import InvalidArgument, ProtocolError
 from maia_rt.transport import uapi, wire
-from maia_rt.transport.protocol import RegionInfo
+from maia_rt.transport.protocol import RegionInfo, check_access
 from maia_rt.transport.vfio_user_connection import (
     BUSY,
     CLOSED,
@@ -60,7 +60,7 @@ class RegisterConnection(Connection):
             if region < 0 or not 0 <= offset <= self._read_limits[region] - size:
                 raise IndexError
         except (KeyError, IndexError):
-            self._bad_access(region, offset, size, uapi.REGION_FLAG_READ)
+            self._refuse_access(region, offset, size, uapi.REGION_FLAG_READ)
         with self._lock:
             if self._state != READY:
                 self._refuse()
@@ -90,7 +90,7 @@ class RegisterConnection(Connection):
             if region < 0 or not 0 <= offset <= self._write_limits[region] - size:
                 raise IndexError
         except (KeyError, IndexError):
-            self._bad_access(region, offset, size, uapi.REGION_FLAG_WRITE)
+            self._refuse_access(region, offset, size, uapi.REGION_FLAG_WRITE)
         with self._lock:
             if self._state != READY:
                 self._refuse()
@@ -141,24 +141,17 @@ class RegisterConnection(Connection):
             raise error
         raise instead from error
 
-    def _bad_access(self, region: int, offset: int, size: int, flag: int, *, block: bool = False) -> NoReturn:
+    def _refuse_access(self, region: int, offset: int, size: int, flag: int, *, block: bool = False) -> NoReturn:
         if self._state in (CLOSED, FORKED, LOST):
             self._refuse()
-        if not block and size not in _WITH_VALUE:
-            raise InvalidArgument(f"{self._name}: a register access has 1, 2, 4 or 8 bytes, not {size}")
-        if not 0 <= region < len(self._regions):
-            raise InvalidArgument(f"{self._name}: there is no region {region}; the last is {len(self._regions) - 1}")
-        info = self._regions[region]
-        if not info.flags & flag and info.size:
-            verb = "read" if flag == uapi.REGION_FLAG_READ else "written"
-            raise Unsupported(f"{self._name}: region {region} cannot be {verb}")
-        raise InvalidArgument(f"{self._name}: {size} bytes at {offset:#x} are not within region {region}, which has "
-                              f"{info.size:#x} bytes")
+        check_access(self._name, self._regions, region, offset=offset, size=size, flag=flag,
+                     sizes=() if block else tuple(_WITH_VALUE))
+        raise AssertionError("an access was refused that is allowed")
 
     def read_bytes(self, region: int, offset: int, size: int) -> bytes:
         """Read a block of any size, in pieces of what one message may carry."""
         if not (0 <= region < len(self._read_limits) and size >= 0 and 0 <= offset <= self._read_limits[region] - size):
-            self._bad_access(region, offset, size, uapi.REGION_FLAG_READ, block=True)
+            self._refuse_access(region, offset, size, uapi.REGION_FLAG_READ, block=True)
         result = bytearray(size)
         view = memoryview(result)
         for start in range(0, size, self._chunk):
@@ -174,7 +167,7 @@ class RegisterConnection(Connection):
         view = memoryview(data).cast("B")
         size = len(view)
         if not (0 <= region < len(self._write_limits) and 0 <= offset <= self._write_limits[region] - size):
-            self._bad_access(region, offset, size, uapi.REGION_FLAG_WRITE, block=True)
+            self._refuse_access(region, offset, size, uapi.REGION_FLAG_WRITE, block=True)
         for start in range(0, size, self._chunk):
             piece = view[start:start + self._chunk]
             body, _ = self._request(
