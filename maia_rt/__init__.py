@@ -1,1 +1,50 @@
-"""Userspace driver and runtime for a MAIA-like PCIe AI accelerator."""
+"""A userspace driver and runtime for a MAIA-like PCIe AI accelerator, and for the device that stands in for it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maia_rt.runtime.buffer import Buffer, HostBuffer
+    from maia_rt.runtime.device import Device
+    from maia_rt.runtime.discovery import DeviceInfo, devices, open
+    from maia_rt.runtime.event import Event
+    from maia_rt.runtime.program import Kernel, Program
+    from maia_rt.runtime.stream import CopyPath, Stream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Buffer",
+    "CopyPath",
+    "Device",
+    "DeviceInfo",
+    "Event",
+    "HostBuffer",
+    "Kernel",
+    "Program",
+    "Stream",
+    "__version__",
+    "devices",
+    "open",
+]
+
+# Imported at first use: the emulator and the kernel builder import this package for its contract alone.
+_HOMES = {
+    "Buffer": "buffer", "CopyPath": "stream", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
+    "HostBuffer": "buffer", "Kernel": "program", "Program": "program", "Stream": "stream", "devices": "discovery",
+    "open": "discovery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'maia_rt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"maia_rt.runtime.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

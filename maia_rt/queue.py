@@ -37,6 +37,7 @@ from maia_rt.errors import (
     DeviceFault,
     DeviceLost,
     DeviceTimeout,
+    FaultCode,
     ForkedError,
     InvalidArgument,
     MaiaError,
@@ -246,10 +247,10 @@ class QueuePair:
         DeviceFault
             It failed, or never ran because one before it failed.
         """
-        if self.ring.closed:
-            return True
         if self._lost:
             self._check_lost(sequence)
+        if self.ring.closed:
+            return True
         if self.ring.done(sequence):
             return True
         if self.ring.wait(sequence, 0) == WAIT_STOPPED:
@@ -414,15 +415,13 @@ class QueuePair:
         """
         if self.ring.closed:
             return
-        try:
-            self._final = self._figures(closing=True)
-        except ForkedError:
-            self.ring.close()
-            return
+        self._settle()
         try:
             self._admin.delete_queue(self.id)
         except (DeviceLost, ClosedError):
             pass  # nobody is left who could touch the memory
+        except ForkedError:
+            return
         except MaiaError:
             self.ring.close()
             raise
@@ -430,8 +429,22 @@ class QueuePair:
 
     def release(self) -> None:
         """Give the memory back; for owners that know the device no longer touches it. Idempotent."""
+        self._settle()
         if self.ring.close():
             self._free()
+
+    def _settle(self) -> None:
+        """Take the last figures, and remember what will never run."""
+        if self._final is not None or self.ring.closed:
+            return
+        try:
+            self._final = self._figures(closing=True)
+        except ForkedError:
+            return
+        if self._final.aborted > self._past[3] and not self.ring.state[0]:
+            self._lost.append((self.ring.poll() + 1, self.ring.head, {
+                "code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id,
+                "sequence": self.ring.poll() + 1}))
 
     def _free(self) -> None:
         while self._blocks:

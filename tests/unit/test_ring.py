@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.ring_consumer import RingConsumer
+from tests.helpers.ring_consumer import RingConsumer
 
 from maia_rt._fast import ring as fast
 from maia_rt._fast.command import Command

@@ -1,0 +1,1 @@
+"""What a user sees: devices, streams, events, buffers, programs. One noun a file."""

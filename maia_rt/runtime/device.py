@@ -1,0 +1,460 @@
+"""Devices: what everything else is made from, and closed with."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import heapq
+import math
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maia_rt.contract.program import Image
+from maia_rt.errors import ClosedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
+from maia_rt.firmware import Capabilities, Firmware, Identity
+from maia_rt.memory import DeviceHeap, PinnedPool, SpaceStatistics
+from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
+from maia_rt.runtime.buffer import Buffer, HostBuffer
+from maia_rt.runtime.embedded import EmbeddedEmulator
+from maia_rt.runtime.event import Event
+from maia_rt.runtime.program import Program
+from maia_rt.runtime.reclaim import Reclaimer
+from maia_rt.runtime.staging import Bytes, Staging
+from maia_rt.runtime.stream import Stream
+from maia_rt.transport import Transport
+
+Shape = int | tuple[int, ...]
+
+_HEAP_ALIGNMENT = 256
+_CLOSE_SECONDS = 2.0
+
+
+class Device:
+    """One device, booted and ready. Made by :func:`maia_rt.open`.
+
+    Closing it closes everything made from it. Any thread may call.
+
+    Attributes
+    ----------
+    name : str
+        A PCI address, a socket path, or ``emulated``.
+    timeout : float
+        How long streams and waits have, in seconds, unless they are told otherwise.
+    """
+
+    def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
+                 timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._transport = transport
+        self._emulator = emulator
+        self._lock = threading.RLock()
+        self._closed = False
+        self._running = False
+        self._pid = os.getpid()
+        self.name = transport.name
+        self.timeout = timeout
+        self._queues: dict[int, QueuePair] = {}
+        self._unconfirmed: list[QueuePair] = []
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._memories: weakref.WeakSet[Buffer | HostBuffer] = weakref.WeakSet()
+        self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
+        self._default_stream: Stream | None = None
+        # Host address -> (end, device address) of the host buffers, and the sorted host addresses.
+        self._pinned: dict[int, tuple[int, int]] = {}
+        self._pinned_starts: list[int] = []
+        self._reclaimer = Reclaimer(lambda: list(self._queues.values()))
+        try:
+            self._firmware = Firmware(transport)
+            self._pool = PinnedPool(transport, address_bits=self._firmware.capabilities.host_address_bits)
+            self._firmware.boot(self._pool)
+            self._identity = self._firmware.identify()
+        except BaseException:
+            self.close()
+            raise
+        self._forget_contents()
+        self._running = True
+
+    def _forget_contents(self) -> None:
+        capabilities = self._firmware.capabilities
+        self._heap = DeviceHeap(capabilities.hbm_base, capabilities.hbm_bytes, granule=_HEAP_ALIGNMENT)
+        count = min(capabilities.max_queues, len(self._firmware.vectors) - 1)
+        # A queue starts where the last one of its number ended: a wait for that one's progress stays satisfied.
+        self._next_index = [0] * count
+        self._free_queues = list(range(count))
+
+    # --- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the device offers, from its registers."""
+        return self._firmware.capabilities
+
+    @property
+    def identity(self) -> Identity:
+        """What the device says about itself: model, firmware version, serial number."""
+        return self._identity
+
+    @property
+    def transport(self) -> Transport:
+        """The PCI function below, for tools that read registers."""
+        return self._transport
+
+    @property
+    def emulator_pid(self) -> int | None:
+        """The process id of an embedded emulator, None for any other device."""
+        return self._emulator.pid if self._emulator else None
+
+    def counters(self) -> dict[str, int]:
+        """Return what the device did since it was opened or reset: commands, bytes, nanoseconds, by name."""
+        self._require_open()
+        return self._firmware.counters()
+
+    def faults(self) -> npt.NDArray[np.void]:
+        """Return the fault log, oldest first, as records of dtype ``maia_rt.contract.commands.FAULT``."""
+        self._require_open()
+        return self._firmware.faults()
+
+    def memory(self) -> SpaceStatistics:
+        """Return how full the device memory is, in bytes."""
+        self._require_open()
+        self._reclaimer.collect()
+        return self._heap.statistics()
+
+    # --- what it makes -----------------------------------------------------------------------------------------------
+
+    def create_stream(self, *, entries: int = 1024, timeout: float | None = None,
+                      first_index: int | None = None) -> Stream:
+        """Create a stream.
+
+        Parameters
+        ----------
+        entries : int
+            Commands that may be outstanding, a power of two within the device's limits. A stream that is full makes
+            the program wait.
+        timeout : float, optional
+            How long submissions and waits have, in seconds; the device's by default.
+        first_index : int, optional
+            The free-running index of the first command: lets tests pass 2^32 at once.
+
+        Raises
+        ------
+        OutOfQueues
+            Every hardware queue is in use.
+        """
+        self._require_open()
+        capabilities = self.capabilities
+        # The report ring is twice as long as the command ring, under the same limit.
+        least, most = 1 << capabilities.min_entries_log2, 1 << capabilities.max_entries_log2 - 1
+        if not least <= entries <= most or entries & (entries - 1):
+            raise InvalidArgument(f"{self.name}: a stream has a power of two of entries from {least} to {most}, "
+                                  f"not {entries}")
+        with self._lock:
+            self._reclaimer.collect()
+            if not self._free_queues:
+                raise OutOfQueues(f"{self.name}: all {len(self._next_index)} hardware queues are in use",
+                                  cause=f"{len(self._streams)} streams are open", hint="close streams that are idle")
+            number = heapq.heappop(self._free_queues)
+            try:
+                queue = QueuePair(
+                    self._firmware, self._pool, self._firmware.port(), queue=number, vector=1 + number,
+                    eventfd=self._firmware.vectors[1 + number], entries=entries, spin_ns=_SPIN_NS,
+                    initial=self._next_index[number] if first_index is None else first_index,
+                    timeout=self.timeout if timeout is None else timeout)
+            except BaseException:
+                heapq.heappush(self._free_queues, number)
+                raise
+            self._firmware.watch(queue)
+            self._queues[number] = queue
+            stream = Stream(self, queue)
+            self._streams.add(stream)
+            return stream
+
+    @property
+    def default_stream(self) -> Stream:
+        """A stream of the device's own, made at its first use; for copies that need no order of their own."""
+        with self._lock:
+            if self._default_stream is None or self._default_stream.closed:
+                self._default_stream = self.create_stream()
+            return self._default_stream
+
+    def create_event(self, *, timing: bool = False) -> Event:
+        """Create an event, to be recorded by streams again and again.
+
+        Parameters
+        ----------
+        timing : bool
+            Whether recording takes the device's time; ``end - start`` of two such events is in milliseconds.
+        """
+        return Event(self, timing)
+
+    def allocate(self, shape: Shape, dtype: npt.DTypeLike | None = None, *, alignment: int = 256) -> Buffer:
+        """Allocate device memory. Its contents are undefined.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+            In elements of `dtype`; in bytes where that is None.
+        dtype : dtype-like, optional
+            A launch checks it, and the shape, against what the kernel declares.
+        alignment : int
+            Of the device address, a power of two.
+
+        Raises
+        ------
+        OutOfMemory
+            The text says how much is free. Buffers that were closed but are still in use have been waited for.
+        """
+        self._require_open()
+        kind, dims, nbytes = _measure(shape, dtype)
+        self._reclaimer.collect()
+        try:
+            address = self._heap.allocate(max(nbytes, 1), alignment)
+        except OutOfMemory:
+            # What was closed while commands used it comes back when they are done.
+            for queue in list(self._queues.values()):
+                with contextlib.suppress(MaiaError):
+                    queue.wait(queue.ring.head)
+            self._reclaimer.collect()
+            address = self._heap.allocate(max(nbytes, 1), alignment)
+        buffer = Buffer(self, address, nbytes, kind, dims, None)
+        self._memories.add(buffer)
+        return buffer
+
+    def allocate_host(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> HostBuffer:
+        """Allocate pinned host memory, which the device reaches by itself. Its contents are undefined.
+
+        Parameters
+        ----------
+        shape, dtype
+            As for :meth:`allocate`.
+
+        Raises
+        ------
+        OutOfMemory, MemlockLimit
+        """
+        self._require_open()
+        kind, dims, nbytes = _measure(shape, dtype)
+        self._reclaimer.collect()
+        block = self._pool.allocate(max(nbytes, 1))
+        buffer = HostBuffer._pin(self, block, nbytes, kind, dims)
+        with self._lock:
+            bisect.insort(self._pinned_starts, block.address)
+            self._pinned[block.address] = (block.address + nbytes, block.iova)
+            self._memories.add(buffer)
+        return buffer
+
+    def upload(self, array: npt.ArrayLike, stream: Stream | None = None) -> Buffer:
+        """Allocate device memory of an array's dtype and shape and copy the array there.
+
+        The copy is done when this returns, unless a `stream` is given: then it is the stream's newest command.
+        """
+        source = np.ascontiguousarray(array)
+        buffer = self.allocate(source.shape, source.dtype)
+        try:
+            used = stream or self.default_stream
+            used.copy(buffer, source)
+            if stream is None:
+                used.synchronize()
+        except BaseException:
+            buffer.close()
+            raise
+        return buffer
+
+    def load(self, image: bytes | Image) -> Program:
+        """Load a program image; the device verifies it.
+
+        Raises
+        ------
+        ProgramError
+            It was refused; the text names the kernel, the field and what is wrong with it.
+        """
+        self._require_open()
+        self._reclaimer.collect()
+        program = Program(self, image)
+        self._programs.add(program)
+        return program
+
+    # --- all of it ---------------------------------------------------------------------------------------------------
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until everything submitted to any stream is done. Raises as :meth:`maia_rt.Stream.synchronize`."""
+        self._require_open()
+        for stream in self._open_streams():
+            with contextlib.suppress(ClosedError):
+                stream.synchronize(timeout)
+
+    def reset(self) -> None:
+        """Reset the device and boot it again. Its streams, programs and buffers are closed; host buffers stay."""
+        self._require_open()
+        with self._lock:
+            self._running = False
+            self._firmware.reset()
+            self._close_children(keep_host=True)
+            self._firmware.boot(self._pool)
+            self._forget_contents()
+            self._running = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether the device has been closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close everything made from the device, then the device; idempotent.
+
+        Commands under way get two seconds, those that are not done then never will be. Nothing is raised for a device
+        that is gone.
+        """
+        if self._closed or self._pid != os.getpid():
+            self._closed = True
+            return
+        with self._lock:
+            self._closed = True
+            firmware = getattr(self, "_firmware", None)
+            pool = getattr(self, "_pool", None)
+            deadline = time.monotonic() + _CLOSE_SECONDS
+            for stream in self._open_streams():
+                with contextlib.suppress(MaiaError):
+                    stream.synchronize(max(deadline - time.monotonic(), 0))
+            self._running = False
+            if firmware is not None:
+                # Stops the device, so nothing touches what its children give back below.
+                firmware.close()
+            self._close_children(keep_host=False)
+            if pool is not None:
+                pool.close()
+            self._transport.close()
+            if self._emulator is not None:
+                self._emulator.close()
+
+    def _close_children(self, *, keep_host: bool) -> None:
+        """Close all children of a device that no longer runs."""
+        for stream in self._open_streams():
+            stream._stopped()
+        for queue in [*self._queues.values(), *self._unconfirmed]:
+            queue.release()
+        self._queues.clear()
+        self._unconfirmed.clear()
+        for program in list(self._programs):
+            program._closed = True
+        for memory in list(self._memories):
+            if not (keep_host and isinstance(memory, HostBuffer)):
+                memory.close()
+        self._reclaimer.close()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and self._pid == os.getpid():
+            warnings.warn(f"device {self.name} was not closed", ResourceWarning, stacklevel=2, source=self)
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}{', closed' if self._closed else ''}>"
+
+    # --- for its children --------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.name}: the device has been closed")
+
+    def _open_streams(self) -> Iterator[Stream]:
+        return (stream for stream in list(self._streams) if not stream.closed)
+
+    def _pinned_address(self, array: Bytes) -> int | None:
+        """The device address of an array that lies in a host buffer, else None."""
+        if not self._pinned_starts or not len(array):
+            return None
+        start = array.__array_interface__["data"][0]
+        with self._lock:
+            at = bisect.bisect_right(self._pinned_starts, start) - 1
+            if at < 0:
+                return None
+            base = self._pinned_starts[at]
+            end, address = self._pinned[base]
+        return address + start - base if start + len(array) <= end else None
+
+    def _return_queue(self, queue: QueuePair) -> None:
+        with self._lock:
+            if self._queues.pop(queue.id, None) is not queue:
+                return
+            head = queue.ring.head
+            try:
+                queue.close()
+            except BaseException:
+                self._unconfirmed.append(queue)
+                raise
+            self._next_index[queue.id] = head
+            heapq.heappush(self._free_queues, queue.id)
+        self._reclaimer.collect()
+
+    def _abandon_queue(self, queue: QueuePair, staging: Staging | None) -> None:
+        def end() -> None:
+            with contextlib.suppress(MaiaError):
+                self._return_queue(queue)
+            if staging is not None and queue.closed:
+                staging.close()
+
+        self._reclaimer.abandon(end)
+
+    def _give_up(self, address: int) -> None:
+        heap = self._heap
+        self._reclaimer.give_up(lambda: heap.free(address))
+
+    def _abandon(self, address: int) -> None:
+        heap = self._heap
+        self._reclaimer.abandon(lambda: heap.free(address))
+
+    def _give_up_host(self, memory: Bytes) -> None:
+        self._unpin(memory)
+        # The block goes back with the last array over it; this keeps one until the device is done.
+        self._reclaimer.give_up(lambda: memory)
+
+    def _abandon_host(self, memory: Bytes) -> None:
+        self._reclaimer.abandon(lambda: self._unpin(memory))
+
+    def _unpin(self, memory: Bytes) -> None:
+        start = memory.__array_interface__["data"][0]
+        with self._lock:
+            del self._pinned[start]
+            self._pinned_starts.remove(start)
+
+    def _unload(self, first: int) -> None:
+        self._reclaimer.give_up(self._unloader(first))
+
+    def _abandon_program(self, first: int) -> None:
+        self._reclaimer.abandon(self._unloader(first))
+
+    def _unloader(self, first: int) -> Callable[[], None]:
+        heap = self._heap
+
+        def unload() -> None:
+            # After a close or reset of the device there is nothing to unload.
+            if self._running and self._heap is heap:
+                with contextlib.suppress(MaiaError):
+                    self._firmware.unload_program(first)
+
+        return unload
+
+
+def _measure(shape: Shape, dtype: npt.DTypeLike | None) -> tuple[np.dtype[Any] | None, tuple[int, ...], int]:
+    kind = None if dtype is None else np.dtype(dtype)
+    dims = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    if min(dims, default=0) < 0:
+        raise InvalidArgument(f"a shape has no negative extents: {dims}")
+    return kind, tuple(int(d) for d in dims), math.prod(dims) * (1 if kind is None else kind.itemsize)
+
+
+# On a single processor the device cannot answer while a wait spins.
+_SPIN_NS = 20_000 if len(os.sched_getaffinity(0)) > 1 else 0

@@ -1,0 +1,156 @@
+"""Finding devices and opening them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from maia_rt.errors import DeviceNotFound, InvalidArgument
+from maia_rt.pci import PciAddress, functions
+from maia_rt.queue import DEFAULT_TIMEOUT
+from maia_rt.runtime.device import Device
+from maia_rt.runtime.embedded import EmbeddedEmulator
+from maia_rt.transport import Transport
+from maia_rt.transport.kernel import KernelDevice
+from maia_rt.transport.vfio_user import VfioUserClient
+
+VENDOR_ID: Final = 0x1AF4
+DEVICE_ID: Final = 0x10F0
+EMULATED: Final = "emulated"
+"""The selector of the embedded device, private to whoever opens it."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device that can be opened; see :func:`devices`.
+
+    Attributes
+    ----------
+    selector : str
+        What :func:`open` takes: a PCI address, a socket path, or ``emulated``.
+    kind : str
+        ``pci``, ``socket`` or ``emulated``.
+    description : str
+        For people.
+    """
+
+    selector: str
+    kind: str
+    description: str
+
+
+def devices() -> list[DeviceInfo]:
+    """List the devices that can be opened, without opening any.
+
+    Returns
+    -------
+    list of DeviceInfo
+        PCI functions bound to vfio-pci in bus order, the sockets named in ``MAIA_SOCKETS`` (separated by colons), and
+        last the embedded emulator. ``MAIA_VISIBLE_DEVICES``, a list of indices into this, PCI addresses and socket
+        paths separated by commas, leaves only those, in its order.
+
+    Raises
+    ------
+    DeviceNotFound
+        ``MAIA_VISIBLE_DEVICES`` names a device there is none of.
+    """
+    found = [DeviceInfo(str(f.address), "pci", f"PCI function {f.vendor:04x}:{f.device:04x} on vfio-pci")
+             for f in functions(vendor=VENDOR_ID, device=DEVICE_ID) if f.driver == "vfio-pci"]
+    found += [DeviceInfo(path, "socket", "vfio-user socket")
+              for path in os.environ.get("MAIA_SOCKETS", "").split(":") if path]
+    if importlib.util.find_spec("maia_emulator") is not None:
+        found.append(DeviceInfo(EMULATED, EMULATED, "emulator of its own, in another process"))
+    visible = os.environ.get("MAIA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return [_named(word.strip(), found) for word in visible.split(",") if word.strip()]
+
+
+def _named(word: str, found: list[DeviceInfo]) -> DeviceInfo:
+    if word.isdecimal():
+        if int(word) < len(found):
+            return found[int(word)]
+    else:
+        for info in found:
+            if word == info.selector or (info.kind == "pci" and _is_address(word, info.selector)):
+                return info
+        if "/" in word:
+            return DeviceInfo(word, "socket", "vfio-user socket")
+    raise DeviceNotFound(f"MAIA_VISIBLE_DEVICES names {word!r}, which is none of {[i.selector for i in found]}",
+                         hint="name devices by index, PCI address or socket path")
+
+
+def _is_address(word: str, address: str) -> bool:
+    try:
+        return str(PciAddress.parse(word)) == address
+    except InvalidArgument:
+        return False
+
+
+def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> Device:
+    """Open a device.
+
+    Parameters
+    ----------
+    selector : int, str or path, optional
+        An index into :func:`devices`, a PCI address such as ``0000:3b:00.0``, the path of a vfio-user socket, or
+        ``emulated`` for an emulator of one's own. None is the first device: hardware where there is any, the embedded
+        emulator where there is none.
+    timeout : float
+        How long streams and waits of the device have, in seconds, unless they are told otherwise.
+
+    Returns
+    -------
+    Device
+        Booted. Use it as a context manager, or close it.
+
+    Raises
+    ------
+    DeviceNotFound
+        There is no such device, or none at all.
+    DevicePermission, DeviceBusy
+        It may not be opened, or somebody else has it.
+    ContractMismatch
+        It is none of ours, or speaks another major version.
+    FirmwareError, DeviceTimeout, DeviceLost
+        It does not boot.
+
+    Examples
+    --------
+    >>> import maia_rt
+    >>> with maia_rt.open("emulated") as device:
+    ...     device.upload([1, 2, 3]).copy_to_host()  # doctest: +SKIP
+    """
+    chosen = _choose(selector)
+    emulator = None
+    transport: Transport
+    if chosen == EMULATED:
+        emulator = EmbeddedEmulator()
+        transport = emulator.transport
+    elif "/" in chosen or os.path.exists(chosen):
+        transport = VfioUserClient.connect(chosen)
+    else:
+        transport = KernelDevice.open(chosen)
+    return Device(transport, emulator, timeout)
+
+
+def _choose(selector: int | str | os.PathLike[str] | None) -> str:
+    if selector is None or isinstance(selector, int):
+        found = devices()
+        index = selector or 0
+        if not 0 <= index < len(found):
+            raise DeviceNotFound(f"there is no device {index}; {len(found)} can be opened",
+                                 cause="no function is bound to vfio-pci and no emulator is installed"
+                                 if not found else "the index is too large",
+                                 hint="list them with: maia info")
+        return found[index].selector
+    text = os.fspath(selector)
+    if text == EMULATED or "/" in text or os.path.exists(text):
+        return text
+    try:
+        return str(PciAddress.parse(text))
+    except InvalidArgument:
+        raise DeviceNotFound(f"{text!r} is neither a PCI address nor a socket that exists",
+                             hint="list devices with: maia info") from None

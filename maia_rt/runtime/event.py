@@ -1,0 +1,100 @@
+"""Events: moments in a stream's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from maia_rt.errors import InvalidArgument
+from maia_rt.queue import QueuePair, Timing
+
+if TYPE_CHECKING:
+    from maia_rt.runtime.device import Device
+
+
+class Event:
+    """A moment in the order of a stream's commands; see :meth:`maia_rt.Stream.record`.
+
+    An event that is not timed costs nothing: it remembers the newest command's sequence number.
+
+    Attributes
+    ----------
+    device : Device
+    timing : bool
+        Whether recording it also takes the device's time.
+    """
+
+    def __init__(self, device: Device, timing: bool = False) -> None:
+        self.device = device
+        self.timing = timing
+        self._queue: QueuePair | None = None
+        self._sequence = 0
+        self._time: Timing | None = None
+
+    def _record(self, queue: QueuePair) -> None:
+        if self.timing:
+            self._sequence, self._time = queue.submit_timed()
+        else:
+            self._sequence = queue.ring.head
+        self._queue = queue
+
+    def query(self) -> bool:
+        """Say whether everything before the event is done. An event that was never recorded is.
+
+        Raises
+        ------
+        DeviceFault
+            Something before it failed.
+        DeviceLost, ForkedError
+        """
+        return self._queue is None or self._queue.done(self._sequence)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until everything before the event is done.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            In seconds; the stream's by default.
+
+        Raises
+        ------
+        DeviceFault
+            Something before it failed.
+        DeviceTimeout
+            The text says what the stream is at.
+        DeviceLost, ForkedError
+        """
+        if self._queue is not None and not self._queue.done(self._sequence):
+            self._queue.wait(self._sequence, timeout)
+
+    @property
+    def time_ns(self) -> int:
+        """Device time of the event in nanoseconds; waits for it.
+
+        Raises
+        ------
+        InvalidArgument
+            The event is not timed, or was never recorded, or its stream was closed before the time was read.
+        """
+        if self._queue is None or self._time is None:
+            raise InvalidArgument("the event has no time", cause="it was not recorded, or made without timing=True",
+                                  hint="record it with stream.record(timing=True)")
+        if not self._time.end_ns:
+            if self._queue.closed:
+                raise InvalidArgument("the event's stream was closed before its time was read")
+            self.synchronize()
+            self._queue.take_timings()
+        return self._time.end_ns
+
+    def __sub__(self, start: Event) -> float:
+        """Milliseconds of device time from `start` to this event; waits for both. Both must be timed."""
+        if not isinstance(start, Event):
+            return NotImplemented
+        if start.device is not self.device:
+            raise InvalidArgument("events of two devices have no common time")
+        return (self.time_ns - start.time_ns) / 1e6
+
+    def __repr__(self) -> str:
+        if self._queue is None:
+            return "<Event, not recorded>"
+        return f"<Event at command {self._sequence} of queue {self._queue.id}{', timed' if self.timing else ''}>"

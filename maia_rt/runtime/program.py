@@ -1,0 +1,190 @@
+"""Programs and their kernels: loading, and checking what a launch is given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maia_rt.contract.program import NUMPY_DTYPES, Arg, ArgKind, Image, KernelImage, read, write
+from maia_rt.errors import ClosedError, InvalidArgument, InvalidType
+from maia_rt.runtime.buffer import Memory
+
+if TYPE_CHECKING:
+    from maia_rt.runtime.device import Device
+
+
+class Kernel:
+    """One kernel of a loaded program; launched by :meth:`maia_rt.Stream.launch`.
+
+    Attributes
+    ----------
+    program : Program
+    name : str
+    args : tuple of maia_rt.contract.program.Arg
+        What it takes.
+    macs : int
+        Multiply-adds of one launch.
+    """
+
+    def __init__(self, program: Program, image: KernelImage, handle: int) -> None:
+        self.program = program
+        self.name = image.name
+        self.args = image.args
+        self._image = image
+        self._handle = handle
+        self._checks = [_Check(arg) for arg in image.args]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one launch."""
+        return self._image.macs
+
+    @property
+    def handle(self) -> int:
+        """The device's number for it.
+
+        Raises
+        ------
+        ClosedError
+            The program has been closed.
+        """
+        if self.program.closed:
+            raise ClosedError(f"kernel {self.name!r}: its program has been closed")
+        return self._handle
+
+    def encode(self, args: tuple[Any, ...]) -> tuple[int | float, ...]:
+        """Check arguments against what the kernel declares; return device addresses and scalars.
+
+        Raises
+        ------
+        InvalidArgument
+            Wrong count, size, dtype, shape, alignment or device.
+        InvalidType
+            An argument is neither memory of a device nor, for a scalar, a number.
+        ClosedError
+            A buffer or the program has been closed.
+        """
+        if self.program.closed:
+            raise ClosedError(f"kernel {self.name!r}: its program has been closed")
+        if len(args) != len(self._checks):
+            names = ", ".join(arg.name for arg in self.args)
+            raise InvalidArgument(f"kernel {self.name!r} takes {len(self._checks)} arguments, not {len(args)}",
+                                  hint=f"pass {names}")
+        words: list[int | float] = []
+        for check, arg in zip(self._checks, args, strict=True):
+            if check.scalar:
+                words.append(check.number(self, arg))
+                continue
+            if not isinstance(arg, Memory):
+                raise InvalidType(f"{check.where(self)} is {type(arg).__name__}, not a Buffer or HostBuffer",
+                                  hint="allocate device memory and copy the data there")
+            root = arg._root
+            if root._closed:
+                raise ClosedError(f"{check.where(self)} has been closed")
+            if root.device is not self.program.device:
+                raise InvalidArgument(f"{check.where(self)} belongs to another device")
+            if arg.dtype is None:
+                if arg.nbytes < check.nbytes:
+                    raise InvalidArgument(f"{check.where(self)} has {arg.nbytes} bytes, {check.nbytes} are needed")
+            elif arg.dtype != check.dtype or arg.shape != check.shape:
+                raise InvalidArgument(
+                    f"{check.where(self)} is {arg.dtype} {arg.shape}, not {check.dtype} {check.shape}",
+                    hint="pass memory of that dtype and shape, or a view of it without a dtype")
+            if arg._address & check.misaligned:
+                raise InvalidArgument(f"{check.where(self)} is at {arg._address:#x}, not a multiple of "
+                                      f"{check.misaligned + 1}")
+            words.append(arg._address)
+        return tuple(words)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{a.name}: {a.dtype.name}{list(a.shape)}" for a in self.args)
+        return f"<Kernel {self.name}({shown})>"
+
+
+class _Check:
+    """What one argument must be, looked up once."""
+
+    __slots__ = ("dtype", "misaligned", "name", "nbytes", "scalar", "shape")
+
+    def __init__(self, arg: Arg) -> None:
+        self.name = arg.name
+        self.scalar = arg.kind == ArgKind.SCALAR
+        self.nbytes = arg.nbytes
+        self.shape = arg.shape
+        self.dtype = NUMPY_DTYPES[arg.dtype]
+        self.misaligned = arg.alignment - 1
+
+    def where(self, kernel: Kernel) -> str:
+        return f"kernel {kernel.name!r}: argument {self.name!r}"
+
+    def number(self, kernel: Kernel, value: Any) -> float:
+        if isinstance(value, int | float | np.floating | np.integer):
+            return float(value)
+        raise InvalidType(f"{self.where(kernel)} is {type(value).__name__}, not a number")
+
+
+class Program(Mapping[str, Kernel]):
+    """A program loaded on a device: its kernels by name. See :meth:`maia_rt.Device.load`.
+
+    Attributes
+    ----------
+    device : Device
+    """
+
+    def __init__(self, device: Device, image: bytes | Image) -> None:
+        self._closed = True
+        self.device = device
+        parsed = image if isinstance(image, Image) else read(bytes(image))
+        # The device verifies; doing it here as well would only take its time twice.
+        self._first, _ = device._firmware.load_program(parsed.data or write(parsed.kernels))
+        self._closed = False
+        self._kernels = {kernel.name: Kernel(self, kernel, self._first + i) for i, kernel in enumerate(parsed.kernels)}
+
+    def __getitem__(self, name: str) -> Kernel:
+        try:
+            return self._kernels[name]
+        except KeyError:
+            raise KeyError(f"no kernel {name!r}; there are {', '.join(self._kernels)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kernels)
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def closed(self) -> bool:
+        """Whether the program has been closed, by itself or with its device."""
+        return self._closed
+
+    def close(self) -> None:
+        """Unload the program once the device is done with what was submitted; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.device._unload(self._first)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            self._closed = True
+            if not self.device.closed:
+                warnings.warn("a program was not closed", ResourceWarning, stacklevel=2, source=self)
+                self.device._abandon_program(self._first)
+
+    def __repr__(self) -> str:
+        return f"<Program {', '.join(self._kernels)}{', closed' if self._closed else ''}>"
