@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--fd", type=_count, metavar="N", help="serve the one client of this connected descriptor")
     parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many devices (default 1)")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="small", help="what device (default small)")
-    parser.add_argument("--seed", type=_count, default=0, help="serial numbers and random choices follow it (default 0)")
+    parser.add_argument("--seed", type=_count, default=0, help="decides serial numbers and random choices (default 0)")
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
     parser.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")
     parser.add_argument("--device-id", type=_id, default=DEVICE_ID, metavar="ID", help=f"default {DEVICE_ID:#06x}")

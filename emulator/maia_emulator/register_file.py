@@ -85,7 +85,8 @@ class RegisterFile:
             value = self.load(register.name)
         elif not low:
             # A counter's high half belongs to the low half that was read last.
-            value = self._latched.get(register.name, effect() >> 32) << 32
+            latched = self._latched.get(register.name)
+            value = effect() if latched is None else latched << 32
         else:
             value = effect()
             self._latched[register.name] = value >> 32

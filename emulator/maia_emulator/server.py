@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SUN_PATH_BYTES: Final = 108
 """sockaddr_un.sun_path, with its NUL."""
-BACKLOG: Final = 16
+BACKLOG: Final = 128
 
 
 class ServerError(Exception):

@@ -130,6 +130,8 @@ class Driver:
 
     def create_queue(self, ring=None, progress=None, reports=None, initial=0, log2=4, reports_log2=4, vector=0xFFFF,
                      context=0, queue=0xFFFFFFFF):
-        raw = struct.pack("<QQQQBBHHBBIIQ", ring or self.spare, progress or self.spare + 0x8000,
-                          reports or self.spare + 0x9000, initial, log2, reports_log2, vector, context, 0, 0, queue, 0, 0)
+        raw = struct.pack(
+            "<QQQQBBHHBBIIQ", ring or self.spare, progress or self.spare + 0x8000, reports or self.spare + 0x9000,
+            initial, log2, reports_log2, vector, context, 0, 0, queue, 0, 0,
+        )
         return self.command(CREATE_QUEUE, *struct.unpack("<7Q", raw))

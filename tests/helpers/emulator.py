@@ -122,9 +122,9 @@ def eventually(condition, seconds=3.0):
 
 def connect(path):
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(10)
     try:
-        sock.connect(path)
+        sock.connect(path)  # blocking: waits for room in the backlog
+        sock.settimeout(10)
     except BaseException:
         sock.close()
         raise

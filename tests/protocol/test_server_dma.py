@@ -57,7 +57,8 @@ def test_read_only_map_with_a_read_only_descriptor(client, descriptors):
 
 
 @pytest.mark.parametrize(("start", "size"), [
-    (BASE, 4 * PAGE), (BASE - PAGE, 2 * PAGE), (BASE + PAGE, PAGE), (BASE + 3 * PAGE, 2 * PAGE), (BASE - PAGE, 8 * PAGE),
+    (BASE, 4 * PAGE), (BASE - PAGE, 2 * PAGE), (BASE + PAGE, PAGE), (BASE + 3 * PAGE, 2 * PAGE),
+    (BASE - PAGE, 8 * PAGE),
 ])
 def test_overlap_is_eexist(client, descriptors, start, size):
     fd = descriptors.memory(8 * PAGE)
@@ -74,7 +75,8 @@ def test_neighbours_do_not_overlap(client, descriptors):
 
 @pytest.mark.parametrize("body", [
     dma_map(BASE, 0), dma_map(BASE, 100), dma_map(BASE + 1, PAGE), dma_map(BASE, PAGE, flags=0),
-    dma_map(BASE, PAGE, flags=4), dma_map(BASE, PAGE, flags=11), dma_map(BASE, PAGE, argsz=31), dma_map(BASE, PAGE, argsz=0),
+    dma_map(BASE, PAGE, flags=4), dma_map(BASE, PAGE, flags=11), dma_map(BASE, PAGE, argsz=31),
+    dma_map(BASE, PAGE, argsz=0),
     dma_map((1 << 64) - PAGE, 2 * PAGE), dma_map(BASE, (1 << 64) - PAGE), b"", dma_map(BASE, PAGE)[:31],
     dma_map(BASE, PAGE) + b"\0",
 ], ids=range(13))
@@ -84,7 +86,9 @@ def test_bad_map_is_einval(client, descriptors, body):
     assert client.alive()
 
 
-@pytest.mark.parametrize(("offset", "size"), [(0, 2 * PAGE), (PAGE, PAGE), (1 << 62, PAGE), ((1 << 64) - PAGE, PAGE), (1, PAGE)])
+@pytest.mark.parametrize(("offset", "size"), [
+    (0, 2 * PAGE), (PAGE, PAGE), (1 << 62, PAGE), ((1 << 64) - PAGE, PAGE), (1, PAGE),
+])
 def test_map_past_the_file_is_einval(client, descriptors, offset, size):
     assert client.refused(DMA_MAP, dma_map(BASE, size, offset=offset), [descriptors.memory(PAGE)]) == errno.EINVAL
 

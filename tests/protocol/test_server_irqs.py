@@ -38,7 +38,9 @@ def irq_info(index, argsz=16):
     return struct.pack("<IIII", argsz, 0, index, 0)
 
 
-@pytest.mark.parametrize(("index", "flags", "count"), [(INTX, 7, 1), (MSI, 1, 0), (MSIX, 3, VECTORS), (ERR, 1, 1), (REQ, 1, 1)])
+@pytest.mark.parametrize(("index", "flags", "count"), [
+    (INTX, 7, 1), (MSI, 1, 0), (MSIX, 3, VECTORS), (ERR, 1, 1), (REQ, 1, 1),
+])
 def test_interrupt_indexes(client, index, flags, count):
     assert client.call(GET_IRQ_INFO, irq_info(index)).body == struct.pack("<IIII", 16, flags, index, count)
 
@@ -57,7 +59,9 @@ def trigger(client, index, vector):
     client.call(SET_IRQS, irq_set(NONE | TRIGGER, index, vector, 1))
 
 
-@pytest.mark.parametrize(("index", "vector"), [(INTX, 0), (MSIX, 0), (MSIX, 1), (MSIX, VECTORS - 1), (ERR, 0), (REQ, 0)])
+@pytest.mark.parametrize(("index", "vector"), [
+    (INTX, 0), (MSIX, 0), (MSIX, 1), (MSIX, VECTORS - 1), (ERR, 0), (REQ, 0),
+])
 def test_loopback_trigger_fires_once(client, descriptors, index, vector):
     fd = descriptors.eventfd()
     arm(client, index, vector, [fd])
@@ -191,7 +195,8 @@ GOOD = EVENTFD | TRIGGER
     (NONE | TRIGGER | MASK, MSIX, 0, 1, b"", 0), (NONE | TRIGGER | 64, MSIX, 0, 1, b"", 0),
     (NONE | TRIGGER | 1 << 31, MSIX, 0, 1, b"", 0), (NONE | EVENTFD | TRIGGER, MSIX, 0, 1, b"", 1),
     # bool bytes are exactly count
-    (BOOL | TRIGGER, MSIX, 0, 2, b"\1", 0), (BOOL | TRIGGER, MSIX, 0, 2, b"\1\1\1", 0), (BOOL | TRIGGER, MSIX, 0, 2, b"", 0),
+    (BOOL | TRIGGER, MSIX, 0, 2, b"\1", 0), (BOOL | TRIGGER, MSIX, 0, 2, b"\1\1\1", 0),
+    (BOOL | TRIGGER, MSIX, 0, 2, b"", 0),
     (NONE | TRIGGER, MSIX, 0, 1, b"\1", 0), (GOOD, MSIX, 0, 1, b"\1\1\1\1", 1),
     # descriptors: none or exactly count, with EVENTFD only
     (GOOD, MSIX, 0, 2, b"", 1), (GOOD, MSIX, 0, 1, b"", 2), (NONE | TRIGGER, MSIX, 0, 1, b"", 1),
@@ -241,7 +246,8 @@ def test_larger_argsz_is_taken(client, descriptors):
 
 def test_descriptor_that_is_no_eventfd_is_einval(client, descriptors):
     assert client.refused(SET_IRQS, irq_set(GOOD, MSIX, 0, 1), [descriptors.memory(4096)]) == errno.EINVAL
-    assert client.refused(SET_IRQS, irq_set(GOOD, MSIX, 0, 2), [descriptors.eventfd(), client.sock.fileno()]) == errno.EINVAL
+    fds = [descriptors.eventfd(), client.sock.fileno()]
+    assert client.refused(SET_IRQS, irq_set(GOOD, MSIX, 0, 2), fds) == errno.EINVAL
 
 
 def test_refused_message_changes_no_vector(client, descriptors):
