@@ -1,4 +1,4 @@
-"""Two linear layers with GELU between them; the hidden units are cut over the tiles and never leave SRAM."""
+"""Two linear layers with GELU between them; the hidden units are cut over tiles and never leave SRAM."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ MOST_ROWS = 256
 """Rows in a block; see `maia_rt.kernels.matmul`."""
 
 
+MOST_PARTS = 4
+"""Partial sums; each costs a pass over the result. More tiles than these share the rows."""
+
+
 def parts_of(capabilities: Capabilities, hidden: int) -> int:
     """How many partial sums `feed_forward` leaves for a hidden layer of this size."""
-    return len(shares(hidden, capabilities.tiles, 16))
+    return len(_unit_shares(capabilities, hidden))
+
+
+def _unit_shares(capabilities: Capabilities, hidden: int) -> list[Span]:
+    return shares(hidden, min(capabilities.tiles, MOST_PARTS), 16)
 
 
 def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dtype: Dtype = Dtype.FP32,
                  name: str = "feed_forward") -> KernelImage:
-    """``gelu(x @ w1 + b1) @ w2``, as one partial sum for each tile; `add_norm` adds them up.
+    """``gelu(x @ w1 + b1) @ w2``, in a few partial sums; `add_norm` adds them up.
 
     Each tile keeps its hidden units' part of both weights in SRAM where they fit, so weights are read once and the
     hidden layer is never written to memory; the price is that the sums come out in parts.
@@ -56,15 +64,19 @@ def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dty
         SRAM does not hold the smallest blocks.
     """
     builder = KernelBuilder(name, capabilities)
-    spans = shares(hidden, capabilities.tiles, 16)
+    spans = _unit_shares(capabilities, hidden)
     x = builder.argument("x", ArgKind.IN, dtype, (m, n))
     w1 = builder.argument("w1", ArgKind.IN, dtype, (n, hidden))
     b1 = builder.argument("b1", ArgKind.IN, dtype, (hidden,))
     w2 = builder.argument("w2", ArgKind.IN, dtype, (hidden, n))
     y = builder.argument("y", ArgKind.OUT, Dtype.FP32, (len(spans), m, n))
-    rows, units = _sizes(m, n, largest(spans), WIDTHS[dtype], capabilities.tile_sram_bytes, name)
-    for number, span in enumerate(spans):
-        _write_share(builder.tile(number), blocks(0, m, rows), blocks(*span, units), x, (w1, b1, w2), y[number])
+    row_spans = shares(m, capabilities.tiles // len(spans))
+    rows, units = _sizes(largest(row_spans), n, largest(spans), WIDTHS[dtype], capabilities.tile_sram_bytes, name)
+    tiles = iter(range(capabilities.tiles))
+    for part, span in enumerate(spans):
+        for row_span in row_spans:
+            _write_share(builder.tile(next(tiles)), blocks(*row_span, rows), blocks(*span, units), x, (w1, b1, w2),
+                         y[part])
     return builder.build()
 
 

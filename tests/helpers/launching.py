@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
+import maia_rt
 from maia_rt.contract import program
 from maia_rt.contract.program import NUMPY_DTYPES, ArgKind, Capabilities, KernelImage
 from tests.helpers import interpreter
@@ -16,6 +18,8 @@ SMALL = Capabilities(tiles=4, tile_sram_bytes=2 << 20, tile_semaphores=32, max_a
 """As the emulator's small profile."""
 TIGHT = replace(SMALL, tiles=3, tile_sram_bytes=48 << 10)
 """Little SRAM and an odd number of tiles: everything is blocked."""
+MANY = replace(SMALL, tiles=64, tile_sram_bytes=3 << 20)
+"""More tiles than most shapes have work for, as the emulator's maia100 profile."""
 LONE = replace(SMALL, tiles=1, tile_sram_bytes=256 << 10)
 
 
@@ -42,6 +46,38 @@ class InterpreterLauncher:
         self.seed += 1
         interpreter.run(image.kernels[0], arrays, self.seed)
         return out
+
+
+class DeviceLauncher:
+    """Loads each kernel on a device and launches it there."""
+
+    def __init__(self, device: maia_rt.Device) -> None:
+        self.device = device
+        self.capabilities = device.capabilities.program
+        self.stream = device.create_stream()
+
+    def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
+        arrays, out = arguments(kernel, inputs)
+        with contextlib.ExitStack() as stack:
+            loaded = stack.enter_context(self.device.load(program.write([kernel])))
+            buffers = [stack.enter_context(self.device.allocate(a.shape, a.dtype)) for a in arrays]
+            for buffer, array in zip(buffers, arrays, strict=True):
+                self.stream.copy(buffer, array)
+            self.stream.launch(loaded[kernel.name], *buffers)
+            self.stream.copy(out, next(b for b, a in zip(buffers, arrays, strict=True) if a is out))
+            self.stream.synchronize()
+        return out
+
+    def __enter__(self) -> DeviceLauncher:
+        # Pinned memory for staging is made at the first copy: have it before anybody counts maps.
+        with self.device.allocate(8 << 20) as buffer:
+            array = np.zeros(8 << 20, np.uint8)
+            self.stream.copy(buffer, array)
+            self.stream.copy(array, buffer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
 
 
 def arguments(kernel: KernelImage, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:

@@ -1,14 +1,42 @@
-"""Kernels run in the interpreter, which finds missing waits, under three devices' capabilities."""
+"""Where kernels run: on the emulated device, and in the interpreter under four devices' capabilities.
+
+The interpreter runs engines in random orders, so it finds missing waits; the device computes with its own arithmetic.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.helpers.launching import LONE, SMALL, TIGHT, InterpreterLauncher, Launcher
+import maia_rt
+from tests.helpers.emulator import environment
+from tests.helpers.launching import LONE, MANY, SMALL, TIGHT, DeviceLauncher, InterpreterLauncher, Launcher
+
+CAPABILITIES = {"small": SMALL, "tight": TIGHT, "lone": LONE, "many": MANY}
 
 
-@pytest.fixture(params=["interpreter-small", "interpreter-tight", "interpreter-lone"])
+@pytest.fixture(scope="session")
+def device() -> Iterator[maia_rt.Device]:
+    """One emulated device for every kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        opened = maia_rt.open("emulated")
+    with opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def device_launcher(device: maia_rt.Device) -> Iterator[DeviceLauncher]:
+    """Runs kernels on the device."""
+    with DeviceLauncher(device) as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="session", params=["device", *(f"interpreter-{name}" for name in CAPABILITIES)])
 def launcher(request: pytest.FixtureRequest) -> Launcher:
     """Somewhere to run kernels."""
-    capabilities = {"small": SMALL, "tight": TIGHT, "lone": LONE}[request.param.split("-")[1]]
-    return InterpreterLauncher(capabilities)
+    if request.param == "device":
+        found: Launcher = request.getfixturevalue("device_launcher")
+        return found
+    return InterpreterLauncher(CAPABILITIES[request.param.split("-")[1]])
