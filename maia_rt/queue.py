@@ -396,14 +396,20 @@ class QueuePair:
         Sequence numbers go on from where they were; waits for aborted ones raise the fault that aborted them.
         """
         state, _, failed_at = self.ring.state
-        head = self.ring.head
-        if state:
-            self._lost.append((failed_at, head, self._fault_facts()))
-        self._admin.reset_queue(self.id, head)
         figures = self._figures(closing=True)
+        head = self.ring.head
+        lost = (failed_at, head, self._fault_facts()) if state else (self.ring.poll() + 1, head, self._never_ran())
+        # One number is left out, so that what is recorded from here on is not taken for the newest of the lost.
+        self._admin.reset_queue(self.id, head + 1)
         self._past = [figures.submitted, figures.completed, figures.failed, figures.aborted]
-        self.ring.reset(head)
+        if lost[0] <= head:
+            self._lost.append(lost)
+        self.ring.reset(head + 1)
         self._sites = [None] * len(self._sites)
+
+    def _never_ran(self) -> dict[str, Any]:
+        return {"code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id,
+                "sequence": self.ring.poll() + 1}
 
     def close(self) -> None:
         """Delete the queue and give its memory back; waits end with ClosedError. Idempotent; does not synchronize.
@@ -442,9 +448,7 @@ class QueuePair:
         except ForkedError:
             return
         if self._final.aborted > self._past[3] and not self.ring.state[0]:
-            self._lost.append((self.ring.poll() + 1, self.ring.head, {
-                "code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id,
-                "sequence": self.ring.poll() + 1}))
+            self._lost.append((self.ring.poll() + 1, self.ring.head, self._never_ran()))
 
     def _free(self) -> None:
         while self._blocks:

@@ -82,9 +82,7 @@ cdef class Waiters:
         self.on_event = on_event
 
     def __dealloc__(self):
-        while self.spare_count:
-            self.spare_count -= 1
-            close(self.spares[self.spare_count])
+        Waiters_close_spares(self)
         pthread_mutex_destroy(&self.mutex)
 
     cdef int wait(self, uint64_t sequence, int64_t timeout_ns) except -1:
@@ -143,7 +141,10 @@ cdef class Waiters:
         while self.active and now_ns() < deadline:
             with nogil:
                 usleep(200)
-        return self.active == 0
+        if self.active:
+            return False
+        Waiters_close_spares(self)
+        return True
 
     cdef bint device_sleeps(self) noexcept nogil:
         """Whether the device must be woken to see what was just stored in the doorbell page."""
@@ -302,3 +303,9 @@ cdef bint Waiters_leave(Waiters self, waiter_t *me) noexcept nogil:
     if not kept:
         close(me.fd)
     return must_wake
+
+
+cdef void Waiters_close_spares(Waiters self) noexcept:
+    while self.spare_count:
+        self.spare_count -= 1
+        close(self.spares[self.spare_count])

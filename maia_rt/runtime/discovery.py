@@ -123,17 +123,31 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     >>> with maia_rt.open("emulated") as device:
     ...     device.upload([1, 2, 3]).copy_to_host()  # doctest: +SKIP
     """
+    transport, emulator = connect(selector)
+    return Device(transport, emulator, timeout)
+
+
+def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Transport, EmbeddedEmulator | None]:
+    """Connect to a device without booting it: for tools that look at registers.
+
+    Returns
+    -------
+    transport : Transport
+    emulator : EmbeddedEmulator or None
+        To be closed after the transport.
+
+    Raises
+    ------
+    DeviceNotFound, DevicePermission, DeviceBusy
+        As :func:`open`.
+    """
     chosen = _choose(selector)
-    emulator = None
-    transport: Transport
     if chosen == EMULATED:
         emulator = EmbeddedEmulator()
-        transport = emulator.transport
-    elif "/" in chosen or os.path.exists(chosen):
-        transport = VfioUserClient.connect(chosen)
-    else:
-        transport = KernelDevice.open(chosen)
-    return Device(transport, emulator, timeout)
+        return emulator.transport, emulator
+    if "/" in chosen or os.path.exists(chosen):
+        return VfioUserClient.connect(chosen), None
+    return KernelDevice.open(chosen), None
 
 
 def _choose(selector: int | str | os.PathLike[str] | None) -> str:

@@ -113,15 +113,15 @@ class Stream:
         dst : Buffer or HostBuffer
         value : int
         width : int
-            1, 2 or 4; the size of `dst` is a multiple of it.
+            1, 2 or 4; address and size of `dst` are multiples of it.
         """
         if width not in _WIDTHS:
             raise InvalidArgument(f"a pattern has 1, 2 or 4 bytes, not {width}")
-        if dst.nbytes % width:
-            raise InvalidArgument(f"{dst.nbytes} bytes are no multiple of the pattern's {width}")
+        self._require_own(dst, "dst")
+        if dst.nbytes % width or dst.address % width:
+            raise InvalidArgument(f"{dst.nbytes} bytes at {dst.address:#x} are not aligned to the pattern's {width}")
         if not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
             raise InvalidArgument(f"{value} does not fit into {width} bytes")
-        self._require_own(dst, "dst")
         if dst.nbytes:
             pattern = value & (1 << 8 * width) - 1
             self._note(self._submit(_FILL, 0, dst.address, dst.nbytes, pattern | width << 32))
@@ -327,6 +327,7 @@ class Stream:
                 raise
 
     def _stage(self) -> Staging:
+        self._require_open()
         if self._staging is None:
             self._staging = Staging(self._queue, self.device._pool.allocate(STAGING_BYTES))
         return self._staging

@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import Final, NoReturn
 
-from maia_rt.errors import InvalidArgument, ProtocolError
+from maia_rt.errors import InvalidArgument, InvalidType, ProtocolError
 from maia_rt.transport import uapi, wire
 from maia_rt.transport.protocol import RegionInfo, check_access
 from maia_rt.transport.vfio_user_connection import (
@@ -64,10 +64,13 @@ class RegisterConnection(Connection):
         with self._lock:
             if self._state != READY:
                 self._refuse()
+            number = self._next_id = (self._next_id + 1) & 0xFFFF
+            try:
+                _ACCESS.pack_into(self._tx, 0, number, 9, 32, 0, 0, offset, region, size)
+            except struct.error:
+                raise InvalidType(f"{self._name}: offsets are integers, not {type(offset).__name__}") from None
             self._state = BUSY
             try:
-                number = self._next_id = (self._next_id + 1) & 0xFFFF
-                _ACCESS.pack_into(self._tx, 0, number, 9, 32, 0, 0, offset, region, size)
                 if self._sock.send(self._tx_access, _NOSIGNAL) < 32:
                     raise ProtocolError(f"{self._name}: the socket took half a message", errno=errno.EPIPE)
                 rx = self._rx
@@ -99,7 +102,8 @@ class RegisterConnection(Connection):
                 flags = wire.FLAG_NO_REPLY if posted else 0
                 request.pack_into(self._tx, 0, number, 10, 32 + size, flags, 0, offset, region, size, value)
             except struct.error:
-                raise InvalidArgument(f"{self._name}: {value!r} does not fit into {size} bytes") from None
+                raise InvalidArgument(f"{self._name}: {value!r} does not fit into {size} bytes, or the offset "
+                                      f"{offset!r} is no integer") from None
             self._state = BUSY
             try:
                 if self._sock.send(self._tx_views[size], _NOSIGNAL) < 32 + size:

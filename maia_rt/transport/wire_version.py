@@ -26,8 +26,6 @@ DEFAULT_MAX_DMA_MAPS: Final = 65535
 DEFAULT_PGSIZES: Final = 4096
 MAX_MSG_FDS: Final = 253
 """The kernel's SCM_MAX_FD: more descriptors than this never travel with one message."""
-MAX_DATA_XFER_SIZE: Final = 64 << 20
-"""The most that QEMU accepts from a server."""
 
 VERSION: Final = struct.Struct("<HH")
 """major, minor; JSON text with its NUL may follow."""
