@@ -37,14 +37,18 @@ class ConfigSpace:
         64-bit memory BARs by their first index; the size is a power of two, flags are BAR_PREFETCHABLE or 0.
     vectors, msix_bar, msix_table, msix_pba : int
         MSI-X: count, BAR, byte offsets of table and pending bits.
+    bus_master : callable
+        Told of each change of Bus Master Enable.
     flr : callable
         Called when software writes 1 to Initiate Function Level Reset.
     """
 
     def __init__(
         self, *, vendor_id: int, device_id: int, serial: int, link_speed: int, bars: dict[int, tuple[int, int]],
-        vectors: int, msix_bar: int, msix_table: int, msix_pba: int, flr: Callable[[], None],
+        vectors: int, msix_bar: int, msix_table: int, msix_pba: int,
+        bus_master: Callable[[bool], None], flr: Callable[[], None],
     ) -> None:
+        self._bus_master = bus_master
         self._flr = flr
         self._bytes = bytearray(CONFIG_BYTES)
         self._mask = bytearray(CONFIG_BYTES)
@@ -61,12 +65,15 @@ class ConfigSpace:
 
     def write(self, offset: int, data: bytes) -> None:
         """Change the writable bits of the bytes that `data` covers, then act on them."""
+        mastered = self.bus_master
         for at, byte in enumerate(data, offset):
             mask = self._mask[at]
             if at == PM_CAPABILITY + 4 and byte & 3 in (1, 2):
                 # D1 and D2 are not supported: the write of the field is discarded (PCI PM 1.2, 3.2.4).
                 mask &= ~3
             self._bytes[at] = self._bytes[at] & ~mask & 0xFF | byte & mask
+        if self.bus_master != mastered:
+            self._bus_master(self.bus_master)
         flr = DEVICE_CONTROL + 1
         if offset <= flr < offset + len(data) and data[flr - offset] & 0x80:
             self._flr()
@@ -74,6 +81,7 @@ class ConfigSpace:
     def reset(self) -> None:
         """Return every byte to its value after power-on, as FLR does (PCIe 6.0, 6.6.2)."""
         self._bytes[:] = self._reset_image
+        self._bus_master(False)
 
     @property
     def bus_master(self) -> bool:

@@ -29,6 +29,7 @@ cdef class DmaTable:
     cdef file_t *files
     cdef int file_count
     cdef readonly uint64_t generation
+    cdef bint enabled
     cdef size_t position(self, uint64_t iova) noexcept nogil
     cdef int find(self, uint64_t address, uint32_t access, char **memory, uint64_t *size) noexcept nogil
     cdef int open_file(self, int fd, uint64_t offset, uint64_t size, bint write) except -1

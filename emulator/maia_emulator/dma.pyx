@@ -109,6 +109,7 @@ cdef class DmaTable:
         if init_rwlock(&self.lock):
             raise MemoryError
         self.generation = 1
+        self.enabled = True
 
     def __dealloc__(self):
         self.unmap_all()
@@ -200,6 +201,14 @@ cdef class DmaTable:
             self.generation += 1
             pthread_rwlock_unlock(&self.lock)
 
+    def enable(self, bint enabled):
+        """Let DMA through or not (Bus Master Enable); returns when no engine is at it against this."""
+        with nogil:
+            pthread_rwlock_wrlock(&self.lock)
+            self.enabled = enabled
+            self.generation += 1
+            pthread_rwlock_unlock(&self.lock)
+
     cdef size_t position(self, uint64_t iova) noexcept nogil:
         """The index of the first mapping at or above an address."""
         cdef size_t low = 0, high = self.count, middle
@@ -215,12 +224,14 @@ cdef class DmaTable:
         """Where an address lies, and how far its memory goes on without a gap, up to ``size``.
 
         The caller holds ``lock``. Returns 0; 1 for memory reached by messages only (``memory`` is NULL); -1 where
-        nothing is mapped with this access.
+        nothing is mapped with this access, or the function may not do DMA.
         """
         cdef size_t at = self.position(address)
         cdef mapping_t *m
         cdef uint64_t length
         cdef char *end
+        if not self.enabled:
+            return -1
         if at == self.count or self.mappings[at].iova != address:
             if at == 0:
                 return -1

@@ -219,6 +219,10 @@ cdef class Engine:
         """See `DmaTable.unmap_all`."""
         self.memory.dma.unmap_all()
 
+    def set_bus_master(self, enabled):
+        """See `DmaTable.enable`. DMA is let through until this says otherwise."""
+        self.memory.dma.enable(enabled)
+
     def set_message_dma(self, read, write):
         """See `DeviceMemory.set_messages`."""
         self.memory.set_messages(read, write)

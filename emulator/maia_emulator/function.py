@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 from typing import Final
 
@@ -26,8 +28,9 @@ DEVICE_ID: Final = 0x10F0
 class Function:
     """A device of one profile: configuration space, regions, interrupts, firmware and engine.
 
-    The Bus Master Enable bit is kept but gates nothing: a vfio-user client says with DMA_MAP what may be reached,
-    and QEMU takes mappings away where a guest must not do DMA.
+    Bus Master Enable gates all access to host memory. It does not gate interrupts, because they leave as eventfds and
+    VFIO's loopback triggers work without it; a device that reaches no host memory has nothing to tell by them but
+    ERRORS.
 
     Parameters
     ----------
@@ -51,13 +54,17 @@ class Function:
             hbm_bytes=profile.hbm_bytes, max_queues=profile.max_queues, semaphores=profile.semaphores,
             vectors=profile.vectors, workers=workers, spin_us=spin_us, seed=seed,
         )
+        for fd in (self.engine.bar2_fd, self.engine.hbm_fd):
+            # A client gets these descriptors: it may not cut off what our engines touch.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.message_dma = MessageDma()
         self.engine.set_message_dma(self.message_dma.read, self.message_dma.write)
         self.registers = RegisterFile(_constants(profile, self.engine, serial))
         self.config = ConfigSpace(
             vendor_id=vendor_id, device_id=device_id, serial=serial, link_speed=profile.link_speed,
             bars={0: (BAR0_BYTES, 0), 2: (self.engine.bar2_bytes, 0), 4: (profile.hbm_bar_bytes, BAR_PREFETCHABLE)},
-            vectors=profile.vectors, msix_bar=0, msix_table=MSIX_TABLE_OFFSET, msix_pba=MSIX_PBA_OFFSET, flr=self.reset,
+            vectors=profile.vectors, msix_bar=0, msix_table=MSIX_TABLE_OFFSET, msix_pba=MSIX_PBA_OFFSET,
+            bus_master=self._set_bus_master, flr=self.reset,
         )
         self._register_bar = RegisterBar(self.registers, profile.vectors, self.engine.pending)
         self._doorbell_bar = DoorbellBar(self.engine.bar2_fd, self.engine.bar2_bytes, self.engine.wake)
@@ -76,6 +83,7 @@ class Function:
         ]
         self.firmware = Firmware(self.engine, self.registers, AdminCommands(self.engine, profile, serial))
         self._wire_registers()
+        self.engine.set_bus_master(False)
         self.engine.start()
 
     def reset(self) -> None:
@@ -112,6 +120,10 @@ class Function:
         self.firmware.stop()
         self.engine.stop()
         self._doorbell_bar.close()
+
+    def _set_bus_master(self, enabled: bool) -> None:
+        with self.message_dma.barred() if not enabled else contextlib.nullcontext():
+            self.engine.set_bus_master(enabled)
 
     def _wire_registers(self) -> None:
         registers, engine = self.registers, self.engine

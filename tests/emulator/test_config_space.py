@@ -14,10 +14,15 @@ def resets():
 
 
 @pytest.fixture
-def config(resets):
+def masters():
+    return []
+
+
+@pytest.fixture
+def config(resets, masters):
     return ConfigSpace(
         vendor_id=0x1AF4, device_id=0x10F0, serial=0x1122334455667788, link_speed=6, bars=BARS, vectors=65, msix_bar=0,
-        msix_table=0x8000, msix_pba=0xC000, flr=lambda: resets.append(1),
+        msix_table=0x8000, msix_pba=0xC000, bus_master=masters.append, flr=lambda: resets.append(1),
     )
 
 
@@ -83,6 +88,15 @@ def test_header_masks(config):
     changed = {i for i in range(64) if before[i] != after[i]}
     assert changed == {0x04, 0x05, 0x0C, 0x3C}
     assert get(config, 4, 2) == 0x0546
+
+
+def test_bus_master_is_told_once_a_change(config, masters):
+    for value in (2, 6, 6, 2, 4):
+        put(config, 4, 2, value)
+    put(config, 5, 1, 4)
+    assert masters == [True, False, True]
+    config.reset()
+    assert masters == [True, False, True, False]
 
 
 def test_write_of_each_byte_alone(config):

@@ -90,6 +90,7 @@ def test_heart_beats_ten_times_a_second(driver):
 ])
 def test_bad_ring_address_fails_the_boot(unbooted, register, value, error):
     client = unbooted.client
+    client.write(CONFIG, 4, b"\6")
     client.write64(ADMIN_SQ, unbooted.sq)
     client.write64(ADMIN_CQ, unbooted.cq)
     client.write32(ADMIN_SIZE, 4)
@@ -172,6 +173,21 @@ def test_ring_registers_are_taken_at_enable(driver):
         assert driver.client.read64(register) == UNMAPPED
     driver.client.write32(ADMIN_SIZE, 99)
     assert driver.command(IDENTIFY, driver.spare)[0] == OK
+
+
+def test_without_bus_master_host_memory_is_out_of_reach(driver):
+    client = driver.client
+    client.write(CONFIG, 4, b"\2")
+    client.write32(ADMIN_TAIL, 1)
+    assert driver.state(lambda now: now == FAILED) == FAILED
+    assert driver.error() == 2
+    client.write32(CONTROL, 0)
+    client.write32(CONTROL, 1)
+    assert driver.state(lambda now: now != 1) == FAILED
+    assert driver.error() == 2
+    client.write32(CONTROL, 0)
+    driver.boot()
+    assert driver.command(GET_FEATURE, 1)[0] == OK
 
 
 # --- rings -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import mmap
 import struct
 import time
 
-from helpers.raw_client import DMA_MAP, DMA_READ, DMA_WRITE, REPLY, Descriptors, RawClient, dma_map, header
+from helpers.raw_client import CONFIG, DMA_MAP, DMA_READ, DMA_WRITE, REPLY, Descriptors, RawClient, dma_map, header
 
 CONTROL, STATUS, HEARTBEAT, ERRORS = 0x80, 0x84, 0x88, 0x8C
 ADMIN_SQ, ADMIN_CQ, ADMIN_SIZE, ADMIN_TAIL, ADMIN_HEAD = 0xA0, 0xA8, 0xB0, 0xB4, 0xB8
@@ -83,6 +83,7 @@ class Driver:
         return bytes(self.memory[at : at + size])
 
     def boot(self, state=READY):
+        self.client.write(CONFIG, 4, b"\6\0")  # memory space, bus master
         self.client.write64(ADMIN_SQ, self.sq)
         self.client.write64(ADMIN_CQ, self.cq)
         self.client.write32(ADMIN_SIZE, self.log2)

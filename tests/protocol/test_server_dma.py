@@ -188,6 +188,7 @@ def test_file_cut_short_after_its_map_does_not_harm_the_server(emulator, client,
     fd = descriptors.memory(16 * PAGE)
     client.call(DMA_MAP, dma_map(BASE, 16 * PAGE), [fd])
     os.ftruncate(fd, 0)
+    client.write(7, 4, b"\6")
     client.write64(0xA0, BASE)
     client.write64(0xA8, BASE + 8 * PAGE)
     client.write32(0xB0, 4)

@@ -21,6 +21,7 @@ from helpers.admin_queue import (
     MessageClient,
 )
 from helpers.raw_client import (
+    CONFIG,
     DEVICE_RESET,
     DMA_MAP,
     DMA_READ,
@@ -188,6 +189,7 @@ def test_accesses_are_split_to_the_clients_limit(emulator, limit):
 
     with Counting(emulator[1], capabilities={"max_data_xfer_size": limit}) as client:
         client.memory, client.base = bytearray(MEMORY), 0
+        client.write(CONFIG, 4, b"\6")
         client.call(DMA_MAP, dma_map(0, MEMORY))
         client.write64(0xA0, 0)
         client.write64(0xA8, 0x8000)
@@ -274,6 +276,7 @@ def test_reset_while_the_twin_socket_is_silent(twin_driver):
 
 def test_ring_memory_by_messages_that_fails_kills_the_firmware(emulator):
     with RawClient(emulator[1]) as client:
+        client.write(CONFIG, 4, b"\6")
         client.call(DMA_MAP, dma_map(0, MEMORY))
         client.write64(0xA8, 0x8000)
         client.write32(0xB0, 4)

@@ -2,6 +2,7 @@
 
 import errno
 import mmap
+import os
 import struct
 
 import pytest
@@ -105,6 +106,16 @@ def test_descriptors_are_the_memory_itself(emulator, client):
             memory[offset : offset + 10] = bytes(10)
         close(reply.fds)
     assert fd_count(process) == before
+
+
+def test_client_cannot_cut_off_the_memory_it_is_given(client):
+    for index in (BAR2, BAR4):
+        reply = client.call(GET_REGION_INFO, region_info(index))
+        (size,) = struct.unpack_from("<Q", reply.body, 16)
+        for length in (0, size - 4096, size + 4096):
+            with pytest.raises(PermissionError):
+                os.ftruncate(reply.fds[0], length)
+        close(reply.fds)
 
 
 def test_bar_beyond_hbm_is_sparse_and_reads_as_zero(start_emulator):

@@ -59,6 +59,7 @@ def script(descriptors):
         message(SET_IRQS, irq_set(0x24, 2, 0, 8), [descriptors.eventfd() for _ in range(8)]),
         message(SET_IRQS, irq_set(0x24, 0, 0, 1), [descriptors.eventfd()]),
         message(SET_IRQS, irq_set(0x24, 3, 0, 1), [descriptors.eventfd()]),
+        write(4, "<H", 6, region=7),
         write(0xA0, "<Q", BASE), write(0xA8, "<Q", BASE + 0x8000), write(0xB0, "<I", 4), write(0x80, "<I", 1),
         message(REGION_READ, access(0, 0x84, 4)),
         write(0xB4, "<I", 1),
