@@ -8,7 +8,7 @@ from helpers.dma_memory import Memory
 from helpers.scripted_server import Device, Region, playing, until_closed
 from vectors import vfio_user as vectors
 
-from maia_rt.errors import InvalidArgument, TransportError, Unsupported
+from maia_rt.errors import InvalidArgument, InvalidType, TransportError, Unsupported
 from maia_rt.transport import Access
 from maia_rt.transport.vfio_user import VfioUserClient
 
@@ -162,6 +162,10 @@ def test_accesses_outside_a_region_never_leave_the_process():
         for value in (-1, 256):
             with pytest.raises(InvalidArgument, match="does not fit"):
                 client.write(0, 0, 1, value)
+        with pytest.raises(InvalidType):
+            client.read(0, 1.0, 4)
+        with pytest.raises(InvalidArgument, match="no integer"):
+            client.write(0, 1.0, 4, 0)
         for offset, size in [(0, 0x11), (0x11, 0), (-1, 1), (0, -1)]:
             with pytest.raises(InvalidArgument):
                 client.read_bytes(0, offset, size)
