@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 REQUEST_BYTES = 32
 """A vfio-user REGION_READ: 16 bytes of header, 16 of body."""
 REPLY_BYTES = 36
-STOP = 1 << 63
+REST = 0
+"""The word that sends the answering process to sleep until it is wanted again."""
 _REPLY_AT = 8
 """64-bit words from the request: another cache line."""
 
@@ -36,11 +37,27 @@ class Memcpy:
 
 
 class PingPong:
-    """A word in shared memory that another process answers: the least that submit and wait can cost in Python."""
+    """A word in shared memory that another process answers: the least that submit and wait can cost in Python.
 
-    def __init__(self, words: memoryview) -> None:
+    That process spins, so it is let go between samples: on few cores it would spoil all the others.
+    """
+
+    def __init__(self, words: memoryview, starter: socket.socket) -> None:
         self._words = words
+        self._starter = starter
         self._count = 0
+
+    def begin(self) -> None:
+        """Start the answering process spinning."""
+        self._count += 1
+        self._words[0] = self._count
+        self._starter.sendall(b"!")
+        while self._words[_REPLY_AT] != self._count:
+            pass
+
+    def end(self) -> None:
+        """Let it sleep."""
+        self._words[0] = REST
 
     def round_trips(self, count: int) -> None:
         """Write, and wait for the answer, ``count`` times."""
@@ -55,23 +72,20 @@ class PingPong:
 
 
 @contextmanager
-def ping_pong() -> Iterator[PingPong]:
-    """Start the process that answers; it ends with the context."""
+def ping_pong(cores: Sequence[int] = ()) -> Iterator[PingPong]:
+    """Start the process that answers, on these cores if any; it ends with the context."""
     fd = os.memfd_create("maia-bench", os.MFD_CLOEXEC)
     os.ftruncate(fd, mmap.PAGESIZE)
     page = mmap.mmap(fd, mmap.PAGESIZE)
     words = memoryview(page).cast("Q")
-    peer = _start("pingpong", fd)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer = _start("pingpong", cores, theirs.fileno(), fd)
+    theirs.close()
     try:
-        words[0] = 1
-        while words[_REPLY_AT] != 1:
-            if peer.poll() is not None:
-                raise RuntimeError("the ping-pong process ended")
-        game = PingPong(words)
-        game._count = 1
-        yield game
+        yield PingPong(words, ours)
     finally:
-        words[0] = STOP
+        words[0] = REST
+        ours.close()
         _end(peer)
         words.release()
         page.close()
@@ -94,10 +108,10 @@ class Echo:
 
 
 @contextmanager
-def echo() -> Iterator[Echo]:
-    """Start the process that answers; it ends with the context."""
+def echo(cores: Sequence[int] = ()) -> Iterator[Echo]:
+    """Start the process that answers, on these cores if any; it ends with the context."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    peer = _start("echo", theirs.fileno())
+    peer = _start("echo", cores, theirs.fileno())
     theirs.close()
     try:
         yield Echo(ours)
@@ -106,8 +120,11 @@ def echo() -> Iterator[Echo]:
         _end(peer)
 
 
-def _start(what: str, fd: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__, what, str(fd)], pass_fds=[fd], stdin=subprocess.DEVNULL)
+def _start(what: str, cores: Sequence[int], *fds: int) -> subprocess.Popen[bytes]:
+    peer = subprocess.Popen([sys.executable, __file__, what, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL)
+    if cores:
+        os.sched_setaffinity(peer.pid, cores)
+    return peer
 
 
 def _end(peer: subprocess.Popen[bytes]) -> None:
@@ -118,22 +135,20 @@ def _end(peer: subprocess.Popen[bytes]) -> None:
         peer.wait()
 
 
-def _serve_pingpong(fd: int) -> None:
+def _serve_pingpong(starter: int, fd: int) -> None:
     page = mmap.mmap(fd, mmap.PAGESIZE)
     words = memoryview(page).cast("Q")
-    last = 0
-    parent = os.getppid()
-    spins = 0
-    while True:
-        value = words[0]
-        if value != last:
-            if value == STOP:
-                return
-            words[_REPLY_AT] = last = value
-        spins += 1
-        # Whoever asks may have died without a word.
-        if not spins & 0xFFFFF and os.getppid() != parent:
-            return
+    last = spins = 0
+    owner = os.getppid()
+    with socket.socket(fileno=starter) as end:
+        while end.recv(1):
+            while (value := words[0]) != REST:
+                if value != last:
+                    words[_REPLY_AT] = last = value
+                spins += 1
+                # Whoever asks may be killed in the middle of a game.
+                if not spins & 0xFFFFF and os.getppid() != owner:
+                    return
 
 
 def _serve_echo(fd: int) -> None:
@@ -144,4 +159,4 @@ def _serve_echo(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    {"pingpong": _serve_pingpong, "echo": _serve_echo}[sys.argv[1]](int(sys.argv[2]))
+    {"pingpong": _serve_pingpong, "echo": _serve_echo}[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -1,0 +1,32 @@
+"""Which device a command means, and how it is opened to look without booting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from maia_rt.pci.config import set_memory_space
+from maia_rt.runtime.discovery import connect
+from maia_rt.transport import Transport
+from maia_rt.transport.uapi import PciRegion
+
+
+def selector(text: str | None) -> int | str | None:
+    """What `maia_rt.open` takes, from the command line's word: digits are an index."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+@contextmanager
+def open_transport(text: str | None) -> Iterator[Transport]:
+    """Connect to a device and make its BARs readable, no more; disconnect at the end."""
+    transport, emulator = connect(selector(text))
+    try:
+        if transport.info.is_pci:
+            config = PciRegion.CONFIG
+            set_memory_space(partial(transport.read, config), partial(transport.write, config), True)
+        yield transport
+    finally:
+        transport.close()
+        if emulator is not None:
+            emulator.close()
