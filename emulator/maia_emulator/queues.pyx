@@ -39,6 +39,7 @@ from maia_emulator.tiles cimport Tiles
 from maia_rt._fast.commands cimport (
     COMMAND_BYTES,
     FAULT_ABORTED,
+    FAULT_BAD_FIELD,
     FAULT_BAD_KERNEL,
     FAULT_BAD_SEQUENCE,
     FAULT_DOORBELL,
@@ -251,7 +252,7 @@ cdef class FrontEnd:
 
     cdef bint service(self, queue_t *q) noexcept nogil:
         """Take a queue as far as it goes, or a turn's worth; True where it moved."""
-        cdef bint moved = False
+        cdef bint moved = False, backwards
         cdef uint32_t tail
         cdef int _turn, step
         cdef uint64_t arm
@@ -260,9 +261,17 @@ cdef class FrontEnd:
         if q.state == RUNNING:
             tail = load32(word(q, DOORBELL_TAIL))
             if tail != q.tail:
+                backwards = <int32_t> (tail - q.tail) < 0
                 q.tail = tail
                 self.counters.doorbells += 1
+                if backwards and q.stage == ON_TILES:
+                    swap_if32(&q.launch.status, FAULT_NONE, FAULT_DOORBELL)
+                elif backwards:
+                    self.fail_here(q, FAULT_DOORBELL, tail)
+                    moved = True
             for _turn in range(TURN):
+                if q.state != RUNNING:
+                    break
                 if q.stage == EMPTY:
                     if q.tail == <uint32_t> q.head:
                         break
@@ -422,6 +431,8 @@ cdef class FrontEnd:
         if command.kernel >= self.kernel_count or not self.kernels[command.kernel].live:
             return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
         kernel = &self.kernels[command.kernel]
+        if command.units >> ((self.tiles.count - 1) // self.tiles_per_cluster) >> 1:
+            return self.fail_here(q, FAULT_BAD_FIELD, 0)
         for i in range(self.tiles.count):
             if command.units == 0 or command.units >> (i // self.tiles_per_cluster) & 1:
                 within += 1

@@ -153,6 +153,9 @@ cdef class Tiles:
         cdef bint writes
         for i in range(kernel.arg_count):
             if kernel.arg_kind[i] == ARG_SCALAR:
+                if args[i] >> 32:
+                    status[0] = FAULT_BAD_FIELD
+                    return NULL
                 continue
             if args[i] & (kernel.arg_alignment[i] - 1):
                 bad[0] = args[i]

@@ -1,5 +1,7 @@
 """Every way a hand-encoded command can be wrong stops its queue with the right code, and only its queue."""
 
+import time
+
 import numpy as np
 import pytest
 from helpers.bare_engine import DATA, HBM, HOST, HOST_BYTES, BareEngine, command, until
@@ -93,6 +95,16 @@ def test_a_doorbell_past_the_ring_is_a_fault(bare):
     queue = bare.queue(entries_log2=2)
     queue.doorbell(queue.index + 5)
     assert queue.wait(queue.index + 5) == FaultCode.DOORBELL
+
+
+def test_a_doorbell_that_goes_back_is_a_fault(bare):
+    queue = bare.queue()
+    queue.put(c.COMMAND, Opcode.NOP, pre=[(FREE, WaitOp.GE, 1)])
+    queue.put(c.COMMAND, Opcode.NOP)
+    until(lambda: np.frombuffer(bare.engine.counters(), c.COUNTERS)[0]["doorbells"])
+    time.sleep(0.01)
+    queue.doorbell(queue.index - 1)
+    assert queue.wait() == FaultCode.DOORBELL
 
 
 def test_a_listed_failure_names_its_place(bare):
