@@ -95,10 +95,25 @@ cdef extern from * nogil:
         return sendmsg(fd, &message, MSG_NOSIGNAL);
     }
 
-    static uint32_t register_load32(const uint8_t *at) { return __atomic_load_n((const uint32_t *)at, __ATOMIC_ACQUIRE); }
-    static uint64_t register_load64(const uint8_t *at) { return __atomic_load_n((const uint64_t *)at, __ATOMIC_ACQUIRE); }
-    static void register_store32(uint8_t *at, uint32_t v) { __atomic_store_n((uint32_t *)at, v, __ATOMIC_RELEASE); }
-    static void register_store64(uint8_t *at, uint64_t v) { __atomic_store_n((uint64_t *)at, v, __ATOMIC_RELEASE); }
+    static uint32_t register_load32(const uint8_t *at)
+    {
+        return __atomic_load_n((const uint32_t *)at, __ATOMIC_ACQUIRE);
+    }
+
+    static uint64_t register_load64(const uint8_t *at)
+    {
+        return __atomic_load_n((const uint64_t *)at, __ATOMIC_ACQUIRE);
+    }
+
+    static void register_store32(uint8_t *at, uint32_t value)
+    {
+        __atomic_store_n((uint32_t *)at, value, __ATOMIC_RELEASE);
+    }
+
+    static void register_store64(uint8_t *at, uint64_t value)
+    {
+        __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
+    }
     """
     enum: CONNECTION_FDS
     enum: SHUT_RDWR
@@ -305,7 +320,8 @@ cdef class Connection:
                         rc = CUT_SHORT
         received = [fds[i] for i in range(count)]
         if rc == DONE:
-            return (message.id, message.command, message.size, message.flags, message.error), body, received, bool(truncated)
+            header = (message.id, message.command, message.size, message.flags, message.error)
+            return header, body, received, bool(truncated)
         for one in received:
             os.close(one)
         if rc == END_OF_STREAM:
@@ -350,7 +366,6 @@ cdef class Connection:
         `have` is how much of its body has been received too, behind the header.
         """
         cdef uint32_t body_size, reply_size = 0
-        cdef uint32_t flags
         cdef iovec part
         cdef int rc
         while True:

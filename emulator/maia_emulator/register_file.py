@@ -39,6 +39,8 @@ class RegisterFile:
         self._read_effects: dict[str, ReadEffect] = {}
         self._write_effects: dict[str, WriteEffect] = {}
         self._latched: dict[str, int] = {}
+        # Sums over fields, taken once: every access needs some of them.
+        self._masks = {r.name: _Masks(r) for r in table.values()}
         self._resets = {name: constants.get(name, r.reset) for name, r in table.items()}
         unknown = set(constants) - set(table)
         if unknown:
@@ -90,7 +92,7 @@ class RegisterFile:
         else:
             value = effect()
             self._latched[register.name] = value >> 32
-        value &= register.mask("ro", "rw", "w1c")
+        value &= self._masks[register.name].readable
         return (value if low else value >> 32).to_bytes(8, "little")[:size]
 
     def write(self, offset: int, data: bytes) -> None:
@@ -99,19 +101,20 @@ class RegisterFile:
         if size not in (4, 8) or offset % size:
             return
         register, low = self._at(offset)
-        if register is None or size > register.width_bytes or not register.writable:
+        if register is None or size > register.width_bytes:
             return
-        if size < register.width_bytes and register.mask("wo", "pulse"):
+        masks = self._masks[register.name]
+        if not masks.writable or (size < register.width_bytes and masks.acting):
             return
         covered = ((1 << 8 * size) - 1) << (0 if low else 32)
         written = int.from_bytes(data, "little") << (0 if low else 32)
         old = self.load(register.name)
-        kept = register.mask("rw") & covered
-        cleared = register.mask("w1c") & covered & written
+        kept = masks.rw & covered
+        cleared = masks.w1c & covered & written
         self.store(register.name, (old & ~kept | written & kept) & ~cleared)
         effect = self._write_effects.get(register.name)
         if effect is not None:
-            effect(written & register.mask("rw", "wo", "w1c", "pulse"), old & register.mask("rw"))
+            effect(written & masks.writable, old & masks.rw)
 
     def _at(self, offset: int) -> tuple[Register | None, bool]:
         """The register at an offset, and whether the offset is its low half."""
@@ -137,3 +140,16 @@ class RegisterFile:
         self.memory.set_plain(register.offset, low)
         if wide:
             self.memory.set_plain(register.offset + 4, high)
+
+
+class _Masks:
+    """The bits of a register by what software can do with them."""
+
+    __slots__ = ("acting", "readable", "rw", "w1c", "writable")
+
+    def __init__(self, register: Register) -> None:
+        self.rw = register.mask("rw")
+        self.w1c = register.mask("w1c")
+        self.acting = register.mask("wo", "pulse")
+        self.readable = register.mask("ro", "rw", "w1c")
+        self.writable = register.mask("rw", "wo", "w1c", "pulse")
