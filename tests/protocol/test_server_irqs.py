@@ -1,6 +1,7 @@
 """The server's GET_IRQ_INFO and SET_IRQS (vfio-user: DEVICE_GET_IRQ_INFO, DEVICE_SET_IRQS), with loopback triggers."""
 
 import errno
+import os
 import struct
 
 import pytest
@@ -248,6 +249,18 @@ def test_descriptor_that_is_no_eventfd_is_einval(client, descriptors):
     assert client.refused(SET_IRQS, irq_set(GOOD, MSIX, 0, 1), [descriptors.memory(4096)]) == errno.EINVAL
     fds = [descriptors.eventfd(), client.sock.fileno()]
     assert client.refused(SET_IRQS, irq_set(GOOD, MSIX, 0, 2), fds) == errno.EINVAL
+
+
+@pytest.mark.parametrize(("index", "vector"), [(MSIX, 0), (INTX, 0), (ERR, 0)])
+def test_full_eventfd_that_blocks_does_not_stop_the_server(client, index, vector):
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        os.eventfd_write(fd, 0xFFFFFFFFFFFFFFFE)
+        arm(client, index, vector, [fd])
+        trigger(client, index, vector)
+        assert client.alive()
+    finally:
+        os.close(fd)
 
 
 def test_refused_message_changes_no_vector(client, descriptors):
