@@ -69,11 +69,14 @@ class DeviceLauncher:
         return out
 
     def __enter__(self) -> DeviceLauncher:
-        # Pinned memory for staging is made at the first copy: have it before anybody counts maps.
-        with self.device.allocate(8 << 20) as buffer:
-            array = np.zeros(8 << 20, np.uint8)
-            self.stream.copy(buffer, array)
-            self.stream.copy(array, buffer)
+        # Pinned memory for staging is made at the first copies: have it before anybody counts maps.
+        array = np.zeros(8 << 20, np.uint8)
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(self.device.create_stream()) for _ in range(3)]
+            buffer = stack.enter_context(self.device.allocate(array.nbytes))
+            for stream in (self.stream, self.device.default_stream, *others):
+                stream.copy(buffer, array)
+                stream.copy(array, buffer)
         return self
 
     def __exit__(self, *_: object) -> None:

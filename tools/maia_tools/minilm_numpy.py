@@ -13,10 +13,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from maia_tools.batches import Batch
-from maia_tools.weights import Weights
+from maia_tools.weights import Layer, Weights
 
 BLOCK_ROWS = 64
 """Rows of the feed-forward layer that GELU is applied to at a time: about 400 kB."""
+
+
+class _LaidOut:
+    """A layer with its weights as (inputs, outputs), query, key and value side by side."""
+
+    def __init__(self, layer: Layer) -> None:
+        attention = (layer.query, layer.key, layer.value)
+        self.layer = layer
+        self.qkv = np.ascontiguousarray(np.concatenate([x.weight for x in attention]).T)
+        self.qkv_bias = np.concatenate([x.bias for x in attention])
+        self.output, self.inner, self.outer = (
+            np.ascontiguousarray(x.weight.T) for x in (layer.output, layer.inner, layer.outer))
 
 
 class PlainEncoder:
@@ -29,12 +41,7 @@ class PlainEncoder:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._layers = [
-            (np.ascontiguousarray(np.concatenate([x.query.weight, x.key.weight, x.value.weight]).T),
-             np.concatenate([x.query.bias, x.key.bias, x.value.bias]),
-             *(np.ascontiguousarray(y.weight.T) for y in (x.output, x.inner, x.outer)), x)
-            for x in weights.layers
-        ]
+        self._layers = [_LaidOut(layer) for layer in weights.layers]
 
     def encode(self, batches: Sequence[Batch]) -> np.ndarray:
         """Embeddings (sentences, hidden) in FP32, in the order the sentences were given."""
@@ -52,9 +59,10 @@ class PlainEncoder:
         _norm(x, weights.norm.gamma, weights.norm.beta, shape.epsilon)
         hide = ((1 - batch.mask) * np.float32(-1e9))[:, None, None, :]
         padded = bool((batch.mask == 0).any())
-        for qkv_weight, qkv_bias, output, inner, outer, layer in self._layers:
-            qkv = x @ qkv_weight
-            qkv += qkv_bias
+        for laid in self._layers:
+            layer = laid.layer
+            qkv = x @ laid.qkv
+            qkv += laid.qkv_bias
             q, k, v = qkv.reshape(sequences, length, 3, shape.heads, shape.head_size).transpose(2, 0, 3, 1, 4)
             scores = np.matmul(q, k.swapaxes(-1, -2))
             scores *= np.float32(1 / math.sqrt(shape.head_size))
@@ -64,21 +72,21 @@ class PlainEncoder:
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
             context = np.matmul(scores, v).transpose(0, 2, 1, 3).reshape(x.shape)
-            attended = context @ output
+            attended = context @ laid.output
             attended += layer.output.bias
             attended += x
             x = _norm(attended, layer.output_norm.gamma, layer.output_norm.beta, shape.epsilon)
-            hidden = x @ inner
+            hidden = x @ laid.inner
             for start in range(0, len(hidden), BLOCK_ROWS):
                 block = hidden[start : start + BLOCK_ROWS]
                 block += layer.inner.bias
                 _gelu(block)
-            fed = hidden @ outer
+            fed = hidden @ laid.outer
             fed += layer.outer.bias
             fed += x
             x = _norm(fed, layer.outer_norm.gamma, layer.outer_norm.beta, shape.epsilon)
         tokens = x.reshape(sequences, length, -1)
-        pooled = np.matmul(batch.mask[:, None, :], tokens)[:, 0]
+        pooled: np.ndarray = np.matmul(batch.mask[:, None, :], tokens)[:, 0]
         pooled /= np.maximum(batch.mask.sum(axis=1, keepdims=True), np.float32(1e-9))
         pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), np.float32(1e-12))
         return pooled

@@ -84,7 +84,8 @@ def plan(shape: Shape, capabilities: Capabilities, sequences: int, length: int) 
             Launch("attention", ("qkv", "mask", "context")),
             Launch("matmul_add_norm", ("context", f"{at}.output.weight", f"{at}.output.bias", "x",
                                        f"{at}.output_norm.gamma", f"{at}.output_norm.beta", "attended")),
-            Launch("feed_forward", ("attended", f"{at}.inner.weight", f"{at}.inner.bias", f"{at}.outer.weight", "parts")),
+            Launch("feed_forward", ("attended", f"{at}.inner.weight", f"{at}.inner.bias", f"{at}.outer.weight",
+                                    "parts")),
             Launch("add_norm", ("parts", f"{at}.outer.bias", "attended", f"{at}.outer_norm.gamma",
                                 f"{at}.outer_norm.beta", "x")),
         ]

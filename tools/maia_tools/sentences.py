@@ -21,8 +21,8 @@ SENTENCES: tuple[str, ...] = (
     "Preheat the oven, mix flour with butter and sugar, and bake for twenty minutes.",
     "A simple recipe for shortbread biscuits.",
     "Wie backt man ein gutes Brot?",
-    "Bread needs only flour, water, salt, yeast and patience: knead the dough until it is smooth, let it rise in a warm "
-    "place until it has doubled, shape it, let it rise again, and bake it in a very hot oven with some steam.",
+    "Bread needs only flour, water, salt, yeast and patience: knead the dough until it is smooth, let it rise in a "
+    "warm place until it has doubled, shape it, let it rise again, and bake it in a very hot oven with some steam.",
     "A doorbell register tells the device that new commands are waiting in the ring.",
     "The driver writes descriptors to a queue in host memory and then rings the doorbell.",
     "An interrupt is raised when the accelerator has finished its work.",
