@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import logging
 import os
+import resource
 import select
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from maia_emulator.function import DEVICE_ID, VENDOR_ID, Function
 from maia_emulator.profiles import PROFILES
 from maia_emulator.server import ListeningSocket, Server, ServerError
+
+DESCRIPTORS: Final = 16384
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # A client may pass an eventfd for each of its device's vectors.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
     with contextlib.ExitStack() as cleanup:
         # Sockets first, devices and their threads after: see ListeningSocket.
         ends: list[ListeningSocket | socket.socket] = []

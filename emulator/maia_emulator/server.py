@@ -10,6 +10,7 @@ import select
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 SUN_PATH_BYTES: Final = 108
 """sockaddr_un.sun_path, with its NUL."""
 BACKLOG: Final = 128
+RETRY_SECONDS: Final = 0.1
 
 
 class ServerError(Exception):
@@ -174,6 +176,7 @@ class Server:
         except OSError as error:
             # The client gave up already, or descriptors ran out: the next one may have more luck.
             log.warning("%s: accept: %s", listening.path, error)
+            time.sleep(RETRY_SECONDS)
             return True
         self._serve(client, listening.path)
         return not self._stopping
@@ -185,6 +188,10 @@ class Server:
                 client.close()
                 return
             self._session = session
-        session.run()
+        try:
+            session.run()
+        except Exception:
+            # A bug of ours ended this client; the next one is served all the same.
+            log.exception("%s: the session failed", name)
         with self._lock:
             self._session = None
