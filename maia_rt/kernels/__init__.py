@@ -1,7 +1,7 @@
 """Kernels that real models need, as functions of a device's capabilities, and the builder to write more."""
 
 from maia_rt.kernels.attention import attention
-from maia_rt.kernels.builder import KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
 from maia_rt.kernels.elementwise import add, gelu
 from maia_rt.kernels.embedding import embedding
 from maia_rt.kernels.feed_forward import feed_forward, parts_of
@@ -10,6 +10,7 @@ from maia_rt.kernels.normalization import add_norm, layer_norm, normalize
 from maia_rt.kernels.pooling import mean_pool
 from maia_rt.kernels.projection import matmul_add_norm
 from maia_rt.kernels.softmax import softmax
+from maia_rt.kernels.tile import TileBuilder
 
 __all__ = [
     "KernelBuilder",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
 from maia_rt.errors import ProgramError
 from maia_rt.kernels.blocking import Span, blocks, halvings, largest, pipelined, shares
-from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
+from maia_rt.kernels.tile import SRAM_ALIGNMENT, TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
 from maia_rt.kernels.blocking import Span, blocks, pipelined, shares
-from maia_rt.kernels.builder import KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
+from maia_rt.kernels.tile import TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
 MOST_ELEMENTS = 1 << 16

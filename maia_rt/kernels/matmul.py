@@ -19,7 +19,8 @@ from maia_rt.kernels.blocking import (
     pipelined,
     shares,
 )
-from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
+from maia_rt.kernels.tile import SRAM_ALIGNMENT, TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
 MOST_ROWS = 256

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
-from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
 from maia_rt.kernels.rowwise import Block, stream_rows
+from maia_rt.kernels.tile import SRAM_ALIGNMENT, TileBuilder
 from maia_rt.kernels.view import View
 
 

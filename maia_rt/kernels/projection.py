@@ -5,9 +5,10 @@ from __future__ import annotations
 from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
 from maia_rt.errors import ProgramError
 from maia_rt.kernels.blocking import Span, blocks, largest, pipelined, shares
-from maia_rt.kernels.builder import SRAM_ALIGNMENT, KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
 from maia_rt.kernels.matmul import Blocking, plan
 from maia_rt.kernels.normalization import Constants
+from maia_rt.kernels.tile import SRAM_ALIGNMENT, TileBuilder
 from maia_rt.kernels.view import WIDTHS, View
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from maia_rt.errors import ProgramError
 from maia_rt.kernels.blocking import Region, pipelined, region_blocks, region_shares
-from maia_rt.kernels.builder import KernelBuilder, TileBuilder
+from maia_rt.kernels.builder import KernelBuilder
+from maia_rt.kernels.tile import TileBuilder
 from maia_rt.kernels.view import View
 
 MOST_ROWS = 256

@@ -140,9 +140,10 @@ def load(folder: Path) -> Weights:
     layers = []
     for i in range(shape.layers):
         at = f"encoder.layer.{i}"
+        query, key, value = (linear(f"{at}.attention.self.{x}") for x in ("query", "key", "value"))
         layers.append(Layer(
-            *(linear(f"{at}.attention.self.{x}") for x in ("query", "key", "value")),
-            linear(f"{at}.attention.output.dense"), norm(f"{at}.attention.output"),
+            query, key, value, linear(f"{at}.attention.output.dense"), norm(f"{at}.attention.output"),
             linear(f"{at}.intermediate.dense"), linear(f"{at}.output.dense"), norm(f"{at}.output")))
-    return Weights(shape, *(tensors[f"embeddings.{x}_embeddings.weight"] for x in ("word", "position", "token_type")),
-                   norm("embeddings"), tuple(layers))
+    word, position, token_type = (
+        tensors[f"embeddings.{x}_embeddings.weight"] for x in ("word", "position", "token_type"))
+    return Weights(shape, word, position, token_type, norm("embeddings"), tuple(layers))
