@@ -19,6 +19,7 @@ from maia_rt.errors import (
     DeviceLost,
     DeviceTimeout,
     FirmwareError,
+    ForkedError,
     InvalidArgument,
     MaiaError,
     OutOfQueues,
@@ -35,6 +36,8 @@ PAGE_BYTES: Final = 16 * 1024
 MESSAGE_BYTES: Final = 1024
 HEARTBEAT_SECONDS: Final = 1.0
 """A heartbeat that stands still for so long is dead firmware."""
+SETTLE_MS: Final = 2
+"""How long the interrupt of a completion may follow it."""
 _SPIN_SECONDS: Final = 0.0002
 _U32: Final = 0xFFFFFFFF
 
@@ -68,7 +71,7 @@ class AdminQueue:
         self._timeout = timeout
         self._event_fd = event_fd
         self._on_event = on_event
-        self._broken: MaiaError | None = None
+        self._broken = ""
         self._tail = 0
         self.lock = threading.RLock()
         sizes = (ADMIN_COMMAND.itemsize << ENTRIES_LOG2, ADMIN_COMPLETION.itemsize << ENTRIES_LOG2, PAGE_BYTES)
@@ -79,12 +82,13 @@ class AdminQueue:
         self.page = page.view()
         self.page_iova = page.iova
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pid = os.getpid()
 
     def announce(self) -> None:
         """Tell the device where the rings are. It takes this over when it is enabled, and starts at index 0."""
         self._sq[:] = np.zeros((), ADMIN_COMMAND)
         self._tail = 0
-        self._broken = None
+        self._broken = ""
         write = self._transport.write
         write(PciRegion.BAR0, Bar0.ADMIN_SQ, 8, self._blocks[0].iova)
         write(PciRegion.BAR0, Bar0.ADMIN_CQ, 8, self._blocks[1].iova)
@@ -109,10 +113,14 @@ class AdminQueue:
         DeviceTimeout
             No completion in time. Firmware counts as dead from then on.
         """
+        if os.getpid() != self._pid:
+            # The rings are not mapped in this process, and the lock may be held by a thread that is not in it.
+            raise ForkedError(f"{self._transport.name}: the device was opened before fork",
+                              hint="open it anew in the child")
         with self.lock:
-            if self._broken is not None:
+            if self._broken:
                 raise FirmwareError(f"{self._transport.name}: firmware no longer answers",
-                                    cause=self._broken.what, hint="reset the device") from self._broken
+                                    cause=self._broken, hint="reset the device")
             slot = self._tail % len(self._sq)
             command = np.zeros((), ADMIN_COMMAND)
             command["opcode"], command["id"] = opcode, self._tail & _U32
@@ -122,11 +130,13 @@ class AdminQueue:
                 command["p"] = np.frombuffer(params.tobytes(), "<u8")
             self._sq[slot] = command
             self._tail += 1
+            self._hush()
             try:
                 self._transport.write(PciRegion.BAR0, Bar0.ADMIN_TAIL, 4, self._tail & _U32)
                 status, *results = self._await(slot, opcode)
             except (DeviceTimeout, FirmwareError) as error:
-                self._broken = error
+                # Its text only: an exception would keep the frames it came through.
+                self._broken = error.what
                 raise
             if status != AdminStatus.OK:
                 raise self._refusal(opcode, status)
@@ -170,12 +180,18 @@ class AdminQueue:
             except KeyboardInterrupt as error:
                 interrupt = error
                 deadline = min(deadline, now + HEARTBEAT_SECONDS)
+        # The interrupt that told it is served here, or the next thread that waits for a queue would have to.
+        self._sleep(SETTLE_MS)
         record = self._cq[slot]
         if interrupt is not None:
             raise interrupt
         return int(record["status"]), int(record["result"][0]), int(record["result"][1])
 
-    def _sleep(self) -> None:
+    def _hush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+
+    def _sleep(self, milliseconds: int = 50) -> None:
         """Block until vector 0 fires, another thread has served it, or the transport wants attention."""
         poll = select.poll()
         liveness = self._transport.liveness_fd
@@ -183,12 +199,11 @@ class AdminQueue:
         poll.register(self._bell, select.POLLIN)
         if liveness is not None:
             poll.register(liveness, select.POLLIN | select.POLLRDHUP)
-        for fd, _ in poll.poll(50):
+        for fd, _ in poll.poll(milliseconds):
             if fd == self._event_fd:
                 self._on_event()
             elif fd == self._bell:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._bell)
+                self._hush()
             else:
                 self._transport.service()
 

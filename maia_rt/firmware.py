@@ -321,6 +321,10 @@ class Firmware:
         if self._fds:
             with contextlib.suppress(MaiaError):
                 self._transport.irq_disable(PciIrq.MSIX)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Give back what this process holds, without a word to the device. Finalizers may call this."""
         if self._admin_queue is not None:
             self._admin_queue.close()
             self._admin_queue = None

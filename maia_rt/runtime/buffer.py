@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from maia_rt.errors import ClosedError, InvalidArgument, InvalidType
+from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, InvalidType
 from maia_rt.memory import PinnedBlock
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ class HostBuffer(Memory):
         """
         if self.closed or self._memory is None:
             raise ClosedError("the host buffer has been closed")
+        if self.device._forked:
+            raise ForkedError("the host buffer was made before fork", hint="open the device anew in the child")
         return self._memory.view(self.dtype or np.uint8).reshape(self.shape)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:

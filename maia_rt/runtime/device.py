@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maia_rt.contract.program import Image
-from maia_rt.errors import ClosedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
+from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import DeviceHeap, PinnedPool, SpaceStatistics
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
@@ -304,8 +304,12 @@ class Device:
 
     @property
     def closed(self) -> bool:
-        """Whether the device has been closed."""
-        return self._closed
+        """Whether the device has been closed; in a forked child it always is."""
+        return self._closed or self._forked
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._pid
 
     def close(self) -> None:
         """Close everything made from the device, then the device; idempotent.
@@ -313,8 +317,7 @@ class Device:
         Commands under way get two seconds, those that are not done then never will be. Nothing is raised for a device
         that is gone.
         """
-        if self._closed or self._pid != os.getpid():
-            self._closed = True
+        if self.closed:
             return
         with self._lock:
             self._closed = True
@@ -357,8 +360,10 @@ class Device:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self._pid == os.getpid():
+        if not getattr(self, "_closed", True) and not self._forked:
             warnings.warn(f"device {self.name} was not closed", ResourceWarning, stacklevel=2, source=self)
+            # The transport may not be called here. It goes with the device, and takes from the hardware what it had.
+            self._firmware.let_go()
 
     def __repr__(self) -> str:
         return f"<Device {self.name}{', closed' if self._closed else ''}>"
@@ -366,6 +371,8 @@ class Device:
     # --- for its children --------------------------------------------------------------------------------------------
 
     def _require_open(self) -> None:
+        if self._forked:
+            raise ForkedError(f"{self.name}: the device was opened before fork", hint="open it anew in the child")
         if self._closed:
             raise ClosedError(f"{self.name}: the device has been closed")
 
@@ -410,16 +417,18 @@ class Device:
 
     def _give_up(self, address: int) -> None:
         heap = self._heap
-        self._reclaimer.give_up(lambda: heap.free(address))
+        if not self._forked:
+            self._reclaimer.give_up(lambda: heap.free(address))
 
     def _abandon(self, address: int) -> None:
         heap = self._heap
         self._reclaimer.abandon(lambda: heap.free(address))
 
     def _give_up_host(self, memory: Bytes) -> None:
-        self._unpin(memory)
-        # The block goes back with the last array over it; this keeps one until the device is done.
-        self._reclaimer.give_up(lambda: memory)
+        if not self._forked:
+            self._unpin(memory)
+            # The block goes back with the last array over it; this keeps one until the device is done.
+            self._reclaimer.give_up(lambda: memory)
 
     def _abandon_host(self, memory: Bytes) -> None:
         self._reclaimer.abandon(lambda: self._unpin(memory))
@@ -431,7 +440,8 @@ class Device:
             self._pinned_starts.remove(start)
 
     def _unload(self, first: int) -> None:
-        self._reclaimer.give_up(self._unloader(first))
+        if not self._forked:
+            self._reclaimer.give_up(self._unloader(first))
 
     def _abandon_program(self, first: int) -> None:
         self._reclaimer.abandon(self._unloader(first))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ class EmbeddedEmulator:
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -48,6 +50,12 @@ class EmbeddedEmulator:
     def pid(self) -> int:
         """The emulator's process id."""
         return self._process.pid
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None and process.returncode is None and self._pid == os.getpid():
+            process.kill()
+            process.wait()
 
     def close(self) -> None:
         """Wait for the process, whose socket is closed by now; end it where it does not end by itself. Idempotent."""

@@ -244,7 +244,7 @@ class Stream:
         DeviceTimeout, DeviceFault
             Not everything was done. The stream is closed all the same.
         """
-        if not self.closed:
+        if not self.closed and not self.device._forked:
             try:
                 self.synchronize()
             finally:
@@ -350,6 +350,7 @@ class Stream:
     def _require_open(self) -> None:
         if self.closed:
             raise ClosedError(f"{self._ring.name}: the stream has been closed")
+        self._ring.poll()  # raises in a forked child, which does not have the stream's memory
 
 
 def _nbytes(memory: Any, array: Bytes | None) -> int:

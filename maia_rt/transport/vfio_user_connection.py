@@ -70,7 +70,7 @@ class Connection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._lock = threading.RLock()
         self._state = READY
-        self._lost: MaiaError | None = None
+        self._lost = ""
         self._next_id = 0
         # Bytes that one receive took beyond a message of ours; only the fast path in vfio_user.py can leave some.
         self._pending = bytearray()
@@ -89,14 +89,15 @@ class Connection:
         if self._state == BUSY:
             raise TransportError(f"{self._name}: called from inside another call of the same thread",
                                  errno=errno.EDEADLK, cause="a finalizer or a signal handler uses the device")
-        raise DeviceLost(f"{self._name}: the device is gone", cause=self._lost.what if self._lost else "",
-                         hint="start the server again and open the device anew") from self._lost
+        raise DeviceLost(f"{self._name}: the device is gone", cause=self._lost,
+                         hint="start the server again and open the device anew")
 
     def _break(self, reason: MaiaError) -> None:
         """Give the connection up for `reason`. Who polls the socket sees it hang up; its number stays taken."""
         if self._state in (READY, BUSY):
             self._state = LOST
-            self._lost = reason
+            # Its text only: an exception holds the frames it came through, and with them views of the device's memory.
+            self._lost = reason.what
             with contextlib.suppress(OSError):  # the peer may have done so already
                 self._sock.shutdown(socket.SHUT_RDWR)
 
