@@ -53,12 +53,12 @@ $(VENV)/.weights: | $(BIN)/python
 
 $(VENV)/.installed-demo: pyproject.toml $(VENV)/.weights | $(VENV)/.built
 	@echo "installing maia-rt and what the demo needs into $(VENV)" >&2
-	$(PIP) install --no-build-isolation -e '.[demo]'
+	MAIA_EXTENSIONS_BUILT=1 $(PIP) install --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.weights | $(VENV)/.built
 	@echo "installing maia-rt and what its tests need into $(VENV)" >&2
-	$(PIP) install --no-build-isolation -e '.[test]'
+	MAIA_EXTENSIONS_BUILT=1 $(PIP) install --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.build-tools

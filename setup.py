@@ -34,11 +34,15 @@ def extensions(package: str, folder: str) -> list[Extension]:
     ]
 
 
+# The Makefile builds in place, in parallel, and then installs without building all of it a second time.
+built = bool(os.environ.get("MAIA_EXTENSIONS_BUILT"))
+
 setup(
-    ext_modules=cythonize(
+    ext_modules=[] if built else cythonize(
         extensions("maia_rt._fast", "maia_rt/_fast") + extensions("maia_emulator", "emulator/maia_emulator"),
         include_path=[".", "emulator"],
         compiler_directives={"language_level": 3},
         annotate=bool(os.environ.get("MAIA_ANNOTATE")),
+        nthreads=os.cpu_count() or 1,
     )
 )
