@@ -53,7 +53,7 @@ def test_counters_follow_the_work(device, stream):
 
 def test_device_memory_runs_out_and_comes_back(device):
     with device.allocate(device.capabilities.hbm_bytes // 2):
-        with pytest.raises(OutOfMemory, match="no room for 805306368 bytes.*free"):
+        with pytest.raises(OutOfMemory, match=r"no room for 805306368 bytes.*free"):
             device.allocate(768 << 20)
         with device.allocate(256 << 20):
             pass
@@ -187,8 +187,7 @@ def test_a_killed_emulator_ends_every_wait_at_once():
     for thread in threads:
         thread.join()
     assert len(errors) == 7
-    buffer = None
-    for call in (lambda: streams[0].synchronize(), lambda: device.create_stream(), lambda: device.counters()):
+    for call in (streams[0].synchronize, device.create_stream, device.counters):
         with pytest.raises(DeviceLost):
             call()
     buffer = device.allocate(64)
@@ -230,7 +229,7 @@ def test_an_emulator_that_hangs_is_given_up_at_the_deadline(embedded):
     os.kill(embedded.emulator_pid, signal.SIGSTOP)
     try:
         start = time.monotonic()
-        with pytest.raises(DeviceTimeout, match="was not done within 0.3 s"):
+        with pytest.raises(DeviceTimeout, match=r"was not done within 0.3 s"):
             stream.synchronize()
         assert time.monotonic() - start < 1
     finally:
@@ -332,7 +331,11 @@ def test_what_is_no_device_is_said_so(tmp_path):
     with socket.socket(socket.AF_UNIX) as mute:
         mute.bind(path)
         mute.listen()
-        threading.Thread(target=lambda: mute.accept()[0].close()).start()
+
+        def hang_up():
+            mute.accept()[0].close()
+
+        threading.Thread(target=hang_up).start()
         with pytest.raises((DeviceLost, ProtocolError, DeviceBusy)):
             maia_rt.open(path)
 

@@ -113,9 +113,8 @@ def test_a_program_closed_while_its_kernel_waits_still_runs_it(device, stream):
 
 def test_a_kernel_of_another_device_is_refused(device, stream):
     with maia_rt.open("emulated") as other, other.load(tiny_program.image(8)) as loaded, \
-            other.allocate(8, np.float32) as x:
-        with pytest.raises(InvalidArgument, match="another device"):
-            stream.launch(loaded["axpy"], x, x, x, 1.0)
+            other.allocate(8, np.float32) as x, pytest.raises(InvalidArgument, match="another device"):
+        stream.launch(loaded["axpy"], x, x, x, 1.0)
 
 
 def test_images_that_do_not_verify_are_refused_with_the_reason(device):
@@ -126,7 +125,7 @@ def test_images_that_do_not_verify_are_refused_with_the_reason(device):
         (bytes(image[:100]), "header.bytes|image"),
         (bytes(image[:-1]), "header.bytes"),
         (bytes(image[:300]) + bytes([image[300] ^ 1]) + bytes(image[301:]), "header.crc32"),
-        (program.write([dataclasses.replace(kernel, tiles=10_000)]), "kernel 'axpy'.tiles: needs 10000, the device has"),
+        (program.write([dataclasses.replace(kernel, tiles=10_000)]), "tiles: needs 10000, the device has"),
         (program.write([dataclasses.replace(kernel, sram_bytes=64)]), "leaves the 64 bytes of SRAM"),
         (program.write([dataclasses.replace(kernel, streams=kernel.streams[:1])]), "for ever"),
     ]
@@ -139,5 +138,5 @@ def test_images_that_do_not_verify_are_refused_with_the_reason(device):
 
 def test_the_device_says_why_it_refuses_an_image(device):
     """Past the driver, which parses images too: the text is the firmware's."""
-    with pytest.raises(ProgramError, match="program refused: header.crc32"):
+    with pytest.raises(ProgramError, match=r"program refused: header.crc32"):
         device._firmware.load_program(tiny_program.image(8)[:-1] + b"\1")

@@ -152,18 +152,18 @@ def test_a_short_ring_wraps_and_so_do_its_indices(on_socket, first):
 
 
 def test_waits_between_streams_pass_2_to_the_32(on_socket):
-    with on_socket.create_stream(first_index=2**32 - 2) as first, on_socket.create_stream() as second:
-        with on_socket.allocate(4) as buffer:
-            hold(first)
-            for value in range(6):
-                first.fill(buffer, value, 4)
-            second.wait(first.record())
-            mark = second.record()
-            time.sleep(0.02)
-            assert not mark.query()
-            release(on_socket)
-            mark.synchronize()
-            assert first.query()
+    with on_socket.create_stream(first_index=2**32 - 2) as first, on_socket.create_stream() as second, \
+            on_socket.allocate(4) as buffer:
+        hold(first)
+        for value in range(6):
+            first.fill(buffer, value, 4)
+        second.wait(first.record())
+        mark = second.record()
+        time.sleep(0.02)
+        assert not mark.query()
+        release(on_socket)
+        mark.synchronize()
+        assert first.query()
 
 
 def test_a_full_stream_makes_the_program_wait_until_its_deadline(on_socket):
@@ -172,7 +172,7 @@ def test_a_full_stream_makes_the_program_wait_until_its_deadline(on_socket):
         for _ in range(3):
             stream.fill(buffer, 1)
         start = time.monotonic()
-        with pytest.raises(QueueFull, match="queue 0: the ring's 4 entries stayed full for 0.2 s"):
+        with pytest.raises(QueueFull, match=r"queue 0: the ring's 4 entries stayed full for 0.2 s"):
             stream.fill(buffer, 1)
         assert 0.15 < time.monotonic() - start < 1.5
         release(on_socket)
@@ -269,7 +269,7 @@ def test_a_fault_is_typed_and_names_the_line_that_submitted_it(device):
         with pytest.raises(DeviceFault, match=r"queue 0: command 2 failed: TRAP at 0x0*4d in TRAP code=77") as caught:
             stream.synchronize()
         assert (caught.value.code, caught.value.queue, caught.value.sequence) == (FaultCode.TRAP, 0, 2)
-        for call in (lambda: stream.fill(buffer, 1), lambda: stream.copy(buffer, bytes(64)), lambda: stream.query(),
+        for call in (lambda: stream.fill(buffer, 1), lambda: stream.copy(buffer, bytes(64)), stream.query,
                      lambda: stream.copy(bytearray(64), buffer), stream.synchronize, lambda: stream.record().query()):
             with pytest.raises(DeviceFault):
                 call()
