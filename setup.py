@@ -43,6 +43,5 @@ setup(
         include_path=[".", "emulator"],
         compiler_directives={"language_level": 3},
         annotate=bool(os.environ.get("MAIA_ANNOTATE")),
-        nthreads=os.cpu_count() or 1,
     )
 )
