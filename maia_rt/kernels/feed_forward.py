@@ -87,7 +87,8 @@ def _sizes(m: int, n: int, hidden: int, width: int, sram_bytes: int, name: str) 
     for units in halvings(hidden):
         copies = 1 if units == hidden else 2
         for rows in sorted({min(m, s) for s in (MOST_ROWS, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)}):
-            need = (copies * units * (2 * n + 1) * width + 2 * rows * n * (width + 4)
+            sums = 0 if copies == 1 and width == 4 else 4
+            need = (copies * units * (2 * n + 1) * width + 2 * rows * n * (width + sums)
                     + rows * units * (4 if width == 4 else 4 + width) + 16 * SRAM_ALIGNMENT)
             if need > sram_bytes:
                 break
@@ -114,7 +115,9 @@ def _write_share(tile: TileBuilder, row_blocks: list[Span], unit_blocks: list[Sp
     copies = 1 if once else 2
     rings = [tile.ring(copies, shape, w1.dtype) for shape in ((n, units), (units,), (units, n))]
     x_ring = tile.ring(2, (rows, n), x.dtype)
-    sums = tile.ring(2, (rows, n), Dtype.FP32)
+    # With all hidden units at once, x is done with before the sum is begun, and makes room for it.
+    in_place = once and x.dtype is Dtype.FP32
+    sums = None if in_place else tile.ring(2, (rows, n), Dtype.FP32)
     hidden = tile.allocate((rows, units), Dtype.FP32)
     rounded = hidden if x.dtype is Dtype.FP32 else tile.allocate((rows, units), x.dtype)
     held: dict[str, View] = {}
@@ -139,7 +142,7 @@ def _write_share(tile: TileBuilder, row_blocks: list[Span], unit_blocks: list[Sp
         block, (first, bias, second) = loaded
         start = h0 == unit_blocks[0][0]
         if start:
-            held["sum"] = sums.take()[: r1 - r0]
+            held["sum"] = block if sums is None else sums.take()[: r1 - r0]
         inner, activated = hidden[: r1 - r0, : h1 - h0], rounded[: r1 - r0, : h1 - h0]
         tile.matmul(inner, block, first)
         tile.add(inner, inner, bias)
