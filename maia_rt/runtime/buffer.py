@@ -184,8 +184,9 @@ class HostBuffer(Memory):
     _noun = "host buffer"
 
     def __init__(self, device: Device, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...],
-                 root: Memory | None, memory: npt.NDArray[np.uint8]) -> None:
+                 root: Memory | None, block: PinnedBlock, memory: npt.NDArray[np.uint8]) -> None:
         super().__init__(device, address, nbytes, dtype, shape, root)
+        self._block = block
         self._memory: npt.NDArray[np.uint8] | None = memory
 
     @classmethod
@@ -195,14 +196,15 @@ class HostBuffer(Memory):
         root = memory if memory.base is None else memory.base
         # Arrays over the memory, of whatever shape, keep this one alive: the block goes back with the last of them.
         weakref.finalize(root, block.free).atexit = False
-        return cls(device, block.iova, nbytes, dtype, shape, None, memory)
+        return cls(device, block.iova, nbytes, dtype, shape, None, block, memory)
 
     def _derive(self, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> HostBuffer:
         start = address - self.address
         memory = self._memory
         if memory is None:
             raise ClosedError("the host buffer has been closed")
-        return HostBuffer(self.device, address, nbytes, dtype, shape, self._root, memory[start:start + nbytes])
+        part = memory[start:start + nbytes]
+        return HostBuffer(self.device, address, nbytes, dtype, shape, self._root, self._block, part)
 
     @property
     def array(self) -> npt.NDArray[Any]:
@@ -233,7 +235,7 @@ class HostBuffer(Memory):
             self._closed = True
             memory, self._memory = self._memory, None
             if memory is not None:
-                self.device._give_up_host(memory)
+                self.device._give_up_host(self._block, memory)
 
     def __enter__(self) -> HostBuffer:
         return self
@@ -248,4 +250,4 @@ class HostBuffer(Memory):
                 warnings.warn(f"a host buffer of {self.nbytes} bytes was not closed", ResourceWarning, stacklevel=2,
                               source=self)
                 if self._memory is not None:
-                    self.device._abandon_host(self._memory)
+                    self.device._abandon_host(self._block, self._memory)

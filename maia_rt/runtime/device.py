@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import heapq
 import math
@@ -21,14 +20,15 @@ import numpy.typing as npt
 from maia_rt.contract.program import Image
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
 from maia_rt.firmware import Capabilities, Firmware, Identity
-from maia_rt.memory import DeviceHeap, PinnedPool, SpaceStatistics
+from maia_rt.memory import DeviceHeap, PinnedBlock, PinnedPool, SpaceStatistics
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
 from maia_rt.runtime.buffer import Buffer, HostBuffer
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
+from maia_rt.runtime.pinned import PinnedRanges
 from maia_rt.runtime.program import Program
 from maia_rt.runtime.reclaim import Reclaimer
-from maia_rt.runtime.staging import Bytes, Staging
+from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
 from maia_rt.transport import Transport
 
@@ -67,9 +67,7 @@ class Device:
         self._memories: weakref.WeakSet[Buffer | HostBuffer] = weakref.WeakSet()
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._default_stream: Stream | None = None
-        # Host address -> (end, device address) of the host buffers, and the sorted host addresses.
-        self._pinned: dict[int, tuple[int, int]] = {}
-        self._pinned_starts: list[int] = []
+        self._pinned = PinnedRanges()
         self._reclaimer = Reclaimer(lambda: list(self._queues.values()))
         try:
             self._firmware = Firmware(transport)
@@ -245,10 +243,8 @@ class Device:
         self._reclaimer.collect()
         block = self._pool.allocate(max(nbytes, 1))
         buffer = HostBuffer._pin(self, block, nbytes, kind, dims)
-        with self._lock:
-            bisect.insort(self._pinned_starts, block.address)
-            self._pinned[block.address] = (block.address + nbytes, block.iova)
-            self._memories.add(buffer)
+        self._pinned.add(block.address, nbytes, block.iova)
+        self._memories.add(buffer)
         return buffer
 
     def upload(self, array: npt.ArrayLike, stream: Stream | None = None) -> Buffer:
@@ -379,19 +375,6 @@ class Device:
     def _open_streams(self) -> Iterator[Stream]:
         return (stream for stream in list(self._streams) if not stream.closed)
 
-    def _pinned_address(self, array: Bytes) -> int | None:
-        """The device address of an array that lies in a host buffer, else None."""
-        if not self._pinned_starts or not len(array):
-            return None
-        start = array.__array_interface__["data"][0]
-        with self._lock:
-            at = bisect.bisect_right(self._pinned_starts, start) - 1
-            if at < 0:
-                return None
-            base = self._pinned_starts[at]
-            end, address = self._pinned[base]
-        return address + start - base if start + len(array) <= end else None
-
     def _return_queue(self, queue: QueuePair) -> None:
         with self._lock:
             if self._queues.pop(queue.id, None) is not queue:
@@ -424,20 +407,18 @@ class Device:
         heap = self._heap
         self._reclaimer.abandon(lambda: heap.free(address))
 
-    def _give_up_host(self, memory: Bytes) -> None:
+    def _give_up_host(self, block: PinnedBlock, memory: npt.NDArray[np.uint8]) -> None:
         if not self._forked:
-            self._unpin(memory)
+            self._pinned.remove(block.address)
             # The block goes back with the last array over it; this keeps one until the device is done.
             self._reclaimer.give_up(lambda: memory)
 
-    def _abandon_host(self, memory: Bytes) -> None:
-        self._reclaimer.abandon(lambda: self._unpin(memory))
+    def _abandon_host(self, block: PinnedBlock, memory: npt.NDArray[np.uint8]) -> None:
+        def end() -> npt.NDArray[np.uint8]:
+            self._pinned.remove(block.address)
+            return memory
 
-    def _unpin(self, memory: Bytes) -> None:
-        start = memory.__array_interface__["data"][0]
-        with self._lock:
-            del self._pinned[start]
-            self._pinned_starts.remove(start)
+        self._reclaimer.abandon(end)
 
     def _unload(self, first: int) -> None:
         if not self._forked:

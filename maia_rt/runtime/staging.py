@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from maia_rt._fast.host_memory import HostMemory
 from maia_rt.memory import PinnedBlock
 from maia_rt.queue import QueuePair
 
@@ -15,7 +13,14 @@ STAGING_BYTES: Final = 2 << 20
 CHUNK_BYTES: Final = 256 << 10
 """A chunk fits into a core's cache, so its second copy does not go to memory again."""
 
-Bytes = npt.NDArray[np.uint8]
+
+class _Piece(NamedTuple):
+    end: int
+    address: int
+    size: int
+    sequence: int
+    target: HostMemory | None
+    start: int
 
 
 class Staging:
@@ -33,15 +38,12 @@ class Staging:
     def __init__(self, queue: QueuePair, block: PinnedBlock) -> None:
         self._queue = queue
         self._block = block
-        self._bytes: Bytes = np.frombuffer(block.view(), np.uint8)
-        self._size = len(self._bytes)
-        self._head = self._tail = 0
-        # (end of the piece, sequence of the command that uses it, where its contents go, the piece)
-        self._used: deque[tuple[int, int, Bytes | None, Bytes]] = deque()
-        self._piece = self._bytes[:0]
+        self._size = block.size
+        self._head = self._tail = self._end = self._at = self._taken = 0
+        self._used: deque[_Piece] = deque()
 
-    def take(self, size: int) -> tuple[int, Bytes]:
-        """Return a free piece, as device address and bytes; wait for the oldest ones where there is none.
+    def take(self, size: int) -> tuple[int, int]:
+        """Return a free piece, as device address and host address; wait for the oldest ones where there is none.
 
         Raises
         ------
@@ -53,24 +55,24 @@ class Staging:
         skip = self._size - start if start + rounded > self._size else 0
         while self._head + skip + rounded - self._tail > self._size:
             self._finish_oldest()
-        start = (self._head + skip) % self._size
         self._end = self._head + skip + rounded
-        self._piece = self._bytes[start:start + size]
-        return self._block.iova + start, self._piece
+        self._at = 0 if skip else start
+        self._taken = size
+        return self._block.iova + self._at, self._block.address + self._at
 
-    def use(self, sequence: int, target: Bytes | None = None) -> None:
-        """Say which command uses the piece just taken, and where its contents go when the command is done."""
+    def use(self, sequence: int, target: HostMemory | None = None, start: int = 0) -> None:
+        """Say which command uses the piece just taken, and to where in `target` its contents go when that is done."""
         self._head = self._end
-        self._used.append((self._end, sequence, target, self._piece))
+        self._used.append(_Piece(self._end, self._block.address + self._at, self._taken, sequence, target, start))
 
     def finish(self) -> None:
         """Wait until everything that has a target is there."""
-        while any(target is not None for _, _, target, _ in self._used):
+        while any(piece.target is not None for piece in self._used):
             self._finish_oldest()
 
     def forget_targets(self) -> None:
         """Leave the targets alone: the copy that named them has failed."""
-        self._used = deque((end, sequence, None, piece) for end, sequence, _, piece in self._used)
+        self._used = deque(piece._replace(target=None) for piece in self._used)
 
     def reset(self) -> None:
         """Take everything back: the queue has been reset."""
@@ -80,13 +82,12 @@ class Staging:
     def close(self) -> None:
         """Give the memory back; the device must be done with it."""
         self._used.clear()
-        self._bytes = self._piece = self._bytes[:0].copy()
         self._block.free()
 
     def _finish_oldest(self) -> None:
-        end, sequence, target, piece = self._used[0]
-        self._queue.wait(sequence)
-        if target is not None:
-            np.copyto(target, piece)
+        piece = self._used[0]
+        self._queue.wait(piece.sequence)
+        if piece.target is not None:
+            piece.target.copy_from(piece.address, piece.start, piece.size)
         self._used.popleft()
-        self._tail = end
+        self._tail = piece.end

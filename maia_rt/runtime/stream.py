@@ -6,12 +6,12 @@ import enum
 import threading
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from maia_rt._fast.command import Command
+from maia_rt._fast.host_memory import HostMemory
 from maia_rt._fast.ring import QueueStopped
 from maia_rt.contract.commands import MAX_INLINE_BYTES, CommandFlag, Opcode
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError
@@ -19,7 +19,7 @@ from maia_rt.queue import QueuePair, QueueStatistics
 from maia_rt.runtime.buffer import Memory
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.program import Kernel
-from maia_rt.runtime.staging import CHUNK_BYTES, STAGING_BYTES, Bytes, Staging
+from maia_rt.runtime.staging import CHUNK_BYTES, STAGING_BYTES, Staging
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -86,22 +86,19 @@ class Stream:
             One of them is no memory, or neither is on this device.
         ClosedError, QueueFull, DeviceFault, DeviceLost, DeviceTimeout
         """
-        target, to = self._locate(dst, "dst")
-        source, at = self._locate(src, "src")
-        size = _nbytes(dst, to)
-        if size != _nbytes(src, at):
-            raise InvalidArgument(f"dst has {size} bytes, src {_nbytes(src, at)}", hint="copy a slice")
-        if to is not None and not to.flags.writeable:
-            raise InvalidArgument("dst is read-only")
+        to, target, size = self._locate(dst, "dst")
+        at, source, available = self._locate(src, "src")
+        if size != available:
+            raise InvalidArgument(f"dst has {size} bytes, src {available}", hint="copy a slice")
         if size == 0:
             return CopyPath.DIRECT
-        if target is not None and source is not None:
-            self._note(self._submit(_COPY, 0, source, target, size))
+        if to is not None and at is not None:
+            self._note(self._submit(_COPY, 0, at, to, size))
             return CopyPath.DIRECT
-        if target is not None:
-            return self._from_host(target, cast(Bytes, at))
-        if source is not None:
-            self._to_host(cast(Bytes, to), source)
+        if to is not None and source is not None:
+            return self._from_host(to, source)
+        if at is not None and target is not None:
+            self._to_host(target, at)
             return CopyPath.STAGED
         raise InvalidType("neither end of the copy is memory of the device", hint="use numpy.copyto")
 
@@ -286,41 +283,45 @@ class Stream:
 
     # --- how copies go -----------------------------------------------------------------------------------------------
 
-    def _locate(self, memory: Any, what: str) -> tuple[int | None, Bytes | None]:
-        """Return the device address of an end of a copy, None where the device does not reach it, and its bytes."""
+    def _locate(self, memory: Any, what: str) -> tuple[int | None, HostMemory | None, int]:
+        """Find an end of a copy: its device address if the device reaches it, the host memory if it is some, bytes."""
         if isinstance(memory, Memory):
             self._require_own(memory, what)
-            return memory.address, None
-        array = _bytes_of(memory, what)
-        return self.device._pinned_address(array), array
+            return memory.address, None, memory.nbytes
+        host = _host_memory(memory, what)
+        size = host.nbytes
+        return self.device._pinned.find(host.address, size), host, size
 
-    def _from_host(self, target: int, source: Bytes) -> CopyPath:
-        size = len(source)
+    def _from_host(self, to: int, source: HostMemory) -> CopyPath:
+        size = source.nbytes
         if size <= MAX_INLINE_BYTES:
             try:
-                self._note(self._ring.submit_encoded(Command.write_imm(target, source.tobytes(), _BARRIER)))
+                self._note(self._ring.submit_encoded(Command.write_imm(to, source.tobytes(), _BARRIER)))
             except QueueStopped:
                 raise self._queue.fault() from None
             return CopyPath.INLINE
         with self._staging_lock:
             staging = self._stage()
             for start in range(0, size, CHUNK_BYTES):
-                chunk = source[start:start + CHUNK_BYTES]
-                address, piece = staging.take(len(chunk))
-                np.copyto(piece, chunk)
-                staging.use(self._submit(_COPY, 0, address, target + start, len(chunk)))
-        self._note(self._ring.head)
+                count = min(CHUNK_BYTES, size - start)
+                address, piece = staging.take(count)
+                source.copy_to(piece, start, count)
+                sequence = self._submit(_COPY, 0, address, to + start, count)
+                staging.use(sequence)
+        self._note(sequence)
         return CopyPath.STAGED
 
-    def _to_host(self, target: Bytes, source: int) -> None:
+    def _to_host(self, target: HostMemory, at: int) -> None:
+        size = target.nbytes
         with self._staging_lock:
             staging = self._stage()
             try:
-                for start in range(0, len(target), CHUNK_BYTES):
-                    chunk = target[start:start + CHUNK_BYTES]
-                    address, _ = staging.take(len(chunk))
-                    staging.use(self._submit(_COPY, 0, source + start, address, len(chunk)), chunk)
-                self._note(self._ring.head)
+                for start in range(0, size, CHUNK_BYTES):
+                    count = min(CHUNK_BYTES, size - start)
+                    address, _ = staging.take(count)
+                    sequence = self._submit(_COPY, 0, at + start, address, count)
+                    staging.use(sequence, target, start)
+                self._note(sequence)
                 staging.finish()
             except BaseException:
                 staging.forget_targets()
@@ -353,26 +354,21 @@ class Stream:
         self._ring.poll()  # raises in a forked child, which does not have the stream's memory
 
 
-def _nbytes(memory: Any, array: Bytes | None) -> int:
-    return memory.nbytes if array is None else len(array)
-
-
-def _bytes_of(memory: Any, what: str) -> Bytes:
+def _host_memory(memory: Any, what: str) -> HostMemory:
     """The bytes of a host object, without a copy but for a source that is not contiguous."""
+    writable = what == "dst"
     if isinstance(memory, np.ndarray):
-        array: npt.NDArray[Any] = memory
-        if array.dtype.hasobject:
+        if memory.dtype.hasobject:
             raise InvalidType(f"{what} is an array of Python objects, which is no memory")
-        if not array.flags.c_contiguous:
-            if what == "dst":
+        if not memory.flags.c_contiguous:
+            if writable:
                 raise InvalidArgument("dst is not contiguous", hint="copy to a contiguous array and assign from it")
-            array = np.ascontiguousarray(array)
-        return array.reshape(-1).view(np.uint8)
+            memory = np.ascontiguousarray(memory)
     try:
-        view = memoryview(memory)
+        return HostMemory(memory, writable)
     except TypeError:
         raise InvalidType(f"{what} is {type(memory).__name__}, which is no memory",
                           hint="pass a Buffer, a HostBuffer, an array or another object with a buffer") from None
-    if not view.c_contiguous:
-        raise InvalidArgument(f"{what} is not contiguous")
-    return np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
+    except (ValueError, BufferError) as error:
+        raise InvalidArgument(f"{what} cannot be used: {error}",
+                              cause="it is read-only, or not contiguous") from None
