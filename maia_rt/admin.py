@@ -15,6 +15,7 @@ import numpy as np
 from maia_rt.contract.commands import ADMIN_COMMAND, ADMIN_COMPLETION, AdminOpcode, AdminStatus
 from maia_rt.contract.registers import BAR0, Bar0, BootState
 from maia_rt.errors import (
+    ClosedError,
     DeviceBusy,
     DeviceLost,
     DeviceTimeout,
@@ -83,6 +84,7 @@ class AdminQueue:
         self.page_iova = page.iova
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pid = os.getpid()
+        self._closed = False
 
     def announce(self) -> None:
         """Tell the device where the rings are. It takes this over when it is enabled, and starts at index 0."""
@@ -118,6 +120,7 @@ class AdminQueue:
             raise ForkedError(f"{self._transport.name}: the device was opened before fork",
                               hint="open it anew in the child")
         with self.lock:
+            self._require_open()
             if self._broken:
                 raise FirmwareError(f"{self._transport.name}: firmware no longer answers",
                                     cause=self._broken, hint="reset the device")
@@ -149,12 +152,21 @@ class AdminQueue:
 
     def close(self) -> None:
         """Give the memory back; the device must no longer use it. Idempotent."""
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
+        if self._closed:
+            return
+        self._closed = True
+        os.eventfd_write(self._bell, 1)
+        # A thread that waits for a completion sees this and leaves.
+        with self.lock:
+            bell, self._bell = self._bell, -1
+            os.close(bell)
             self._sq, self._cq, self.page = self._sq[:0].copy(), self._cq[:0].copy(), memoryview(b"")
             for block in self._blocks:
                 block.free()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self._transport.name}: the device has been closed")
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
@@ -169,6 +181,7 @@ class AdminQueue:
         interrupt: KeyboardInterrupt | None = None
         while int(self._cq["sequence"][slot]) != expected:
             now = time.monotonic()
+            self._require_open()
             try:
                 if now > deadline:
                     raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {opcode.name} within "

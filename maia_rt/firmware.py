@@ -29,6 +29,7 @@ from maia_rt.contract.commands import (
 )
 from maia_rt.contract.registers import BAR0, Bar0, BootState
 from maia_rt.errors import (
+    ClosedError,
     ContractMismatch,
     DeviceLost,
     DeviceTimeout,
@@ -205,7 +206,8 @@ class Firmware:
         """Serve vector 0. Whoever finds its eventfd readable calls this, on behalf of everybody who waits."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fds[0])
-        self._admin.ring_bell()
+        if self._admin_queue is not None:
+            self._admin_queue.ring_bell()
         errors = self.register("ERRORS")
         if errors:
             self._transport.write(PciRegion.BAR0, Bar0.ERRORS, 4, errors)
@@ -217,7 +219,7 @@ class Firmware:
     @property
     def _admin(self) -> AdminQueue:
         if self._admin_queue is None:
-            raise FirmwareError(f"{self._transport.name}: firmware is not running", hint="boot the device")
+            raise ClosedError(f"{self._transport.name}: the device has been closed")
         return self._admin_queue
 
     def identify(self) -> Identity:
@@ -311,8 +313,8 @@ class Firmware:
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Stop the device, as far as it still answers, and give everything back. Idempotent, bounded in time."""
+    def stop(self) -> None:
+        """Stop the device, as far as it still answers: it touches no memory of ours any more. Idempotent, bounded."""
         if self._enabled:
             self._enabled = False
             with contextlib.suppress(MaiaError):
@@ -321,10 +323,12 @@ class Firmware:
         if self._fds:
             with contextlib.suppress(MaiaError):
                 self._transport.irq_disable(PciIrq.MSIX)
-        self.let_go()
 
-    def let_go(self) -> None:
-        """Give back what this process holds, without a word to the device. Finalizers may call this."""
+    def close(self) -> None:
+        """Give back what this process holds, without a word to the device; finalizers may call this.
+
+        The threads that wait for queues, and so poll the vectors, must have left. Idempotent.
+        """
         if self._admin_queue is not None:
             self._admin_queue.close()
             self._admin_queue = None

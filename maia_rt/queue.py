@@ -47,6 +47,9 @@ from maia_rt.memory import PinnedBlock, PinnedPool
 DEFAULT_TIMEOUT: Final = 30.0
 """Seconds after which a wait gives up, unless it is told otherwise."""
 
+LONGEST_SECONDS: Final = 1e9
+"""No wait is without a deadline."""
+
 SLICE_SECONDS: Final = 0.5
 """How often a wait looks whether the device is still there, where the transport cannot tell by itself."""
 
@@ -160,6 +163,8 @@ class QueuePair:
                  entries: int, initial: int = 0, timeout: float = DEFAULT_TIMEOUT, spin_ns: int = 20_000) -> None:
         if entries < 2 or entries & (entries - 1):
             raise InvalidArgument(f"{port.device}: a queue has a power of two of entries, not {entries}")
+        if not 0 <= timeout <= LONGEST_SECONDS:
+            raise InvalidArgument(f"a time-out is 0 to {LONGEST_SECONDS:g} seconds, not {timeout}")
         self.id = queue
         self.timeout = timeout
         self._admin = admin
@@ -277,6 +282,8 @@ class QueuePair:
         seconds = self.timeout if timeout is None else timeout
         if self._lost:
             self._check_lost(sequence)
+        if not 0 <= seconds <= LONGEST_SECONDS:
+            raise InvalidArgument(f"a time-out is 0 to {LONGEST_SECONDS:g} seconds, not {seconds}")
         status = self.ring.wait(sequence, int(seconds * 1e9)) if self._port.liveness_fd >= 0 else self._sliced(
             sequence, seconds)
         if status == WAIT_DONE:

@@ -325,9 +325,11 @@ class Device:
                     stream.synchronize(max(deadline - time.monotonic(), 0))
             self._running = False
             if firmware is not None:
-                # Stops the device, so nothing touches what its children give back below.
-                firmware.close()
+                # So that nothing touches what its children give back below.
+                firmware.stop()
             self._close_children(keep_host=False)
+            if firmware is not None:
+                firmware.close()
             if pool is not None:
                 pool.close()
             self._transport.close()
@@ -359,7 +361,7 @@ class Device:
         if not getattr(self, "_closed", True) and not self._forked:
             warnings.warn(f"device {self.name} was not closed", ResourceWarning, stacklevel=2, source=self)
             # The transport may not be called here. It goes with the device, and takes from the hardware what it had.
-            self._firmware.let_go()
+            self._firmware.close()
 
     def __repr__(self) -> str:
         return f"<Device {self.name}{', closed' if self._closed else ''}>"

@@ -164,9 +164,9 @@ def test_closed_memory_is_refused(on_socket):
 
 
 def test_memory_of_another_device_is_refused(on_socket):
-    with maia_rt.open("emulated") as other, other.allocate(64) as buffer, on_socket.create_stream() as stream:
-        with pytest.raises(InvalidArgument, match="another device"):
-            stream.copy(buffer, bytes(64))
+    with maia_rt.open("emulated") as other, other.allocate(64) as buffer, on_socket.create_stream() as stream, \
+            pytest.raises(InvalidArgument, match="another device"):
+        stream.copy(buffer, bytes(64))
 
 
 def test_pinned_memory_is_not_reused_while_an_array_over_it_lives(on_socket):

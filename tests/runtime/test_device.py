@@ -110,6 +110,38 @@ def test_closing_is_bounded_whatever_the_streams_do(on_socket):
     assert time.monotonic() - start < 4
 
 
+def test_closing_ends_what_other_threads_wait_for(on_socket):
+    stream = on_socket.create_stream()
+    hold(stream)
+    ended = []
+
+    def until_closed(call):
+        try:
+            while True:
+                call()
+        except ClosedError:
+            ended.append(call)
+
+    threads = [threading.Thread(target=until_closed, args=(call,))
+               for call in (lambda: stream.synchronize(30), on_socket.counters, on_socket.faults)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    on_socket.close()
+    for thread in threads:
+        thread.join(3)
+    assert len(ended) == 3
+
+
+def test_time_outs_are_bounded(on_socket):
+    with on_socket.create_stream() as stream:
+        for bad in (float("inf"), float("nan"), -1, 1e10):
+            with pytest.raises(InvalidArgument, match="a time-out is 0 to"):
+                stream.synchronize(bad)
+            with pytest.raises(InvalidArgument, match="a time-out is 0 to"):
+                on_socket.create_stream(timeout=bad)
+
+
 def test_a_reset_device_starts_anew(device):
     stream, buffer, host = device.create_stream(), device.allocate(64), device.allocate_host(64)
     loaded = device.load(tiny_program.image(8))
