@@ -19,12 +19,12 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from maia_rt._fast.atomics cimport load32, load64, now_ns, prefetch_for_write, store32
+from maia_rt._fast.atomics cimport fence, load32, load64, now_ns, prefetch_for_write, store32
 from maia_rt._fast.command cimport Command
 from maia_rt._fast.commands cimport (
     COMMAND_BYTES, FLAG_REPORT, OPCODE_LAUNCH, OPCODE_NOP, PROGRESS_BYTES, command_t, progress_t, report_t,
 )
-from maia_rt._fast.registers cimport DOORBELL_REPORT_HEAD, DOORBELL_TAIL
+from maia_rt._fast.registers cimport DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
 from maia_rt._fast.waiters cimport CLOSED, DONE, LOST, STOPPED, TIMED_OUT, Waiters, pthread_mutex_t
 
 from maia_rt.errors import ClosedError, DeviceLost, ForkedError, InvalidArgument, QueueFull
@@ -126,6 +126,7 @@ cdef class Ring:
     cdef uint64_t limit
     cdef uint64_t initial
     cdef int gate
+    cdef bint can_sleep
     cdef uint32_t report_head
     cdef uint32_t report_mask
     cdef uint32_t reports_asked
@@ -173,7 +174,7 @@ cdef class Ring:
         self.waiters = Waiters(queue_fd, liveness_fd, event_fd, spin_ns, wake, service, on_event)
         self.waiters.progress = self.progress_block
         self.waiters.doorbell = self.doorbell
-        self.waiters.can_sleep = wake is not None
+        self.waiters.can_sleep = self.can_sleep = wake is not None
         self.head = self.initial = initial
         self.limit = initial + entries
         self.gate = OPEN
@@ -463,8 +464,10 @@ cdef inline object Ring_doorbell(Ring self, uint64_t count):
     self.head = sequence
     self.doorbells += 1
     store32(self.doorbell + DOORBELL_TAIL, <uint32_t>sequence)
-    if self.waiters.device_sleeps():
-        self.waiters.wake()
+    if self.can_sleep:
+        fence()
+        if load32(self.doorbell + DOORBELL_NEEDS_WAKE):
+            self.waiters.wake()
     return sequence
 
 
