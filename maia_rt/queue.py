@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -43,6 +41,7 @@ from maia_rt.errors import (
     MaiaError,
 )
 from maia_rt.memory import PinnedBlock, PinnedPool
+from maia_rt.observe.sites import SubmissionSites
 
 DEFAULT_TIMEOUT: Final = 30.0
 """Seconds after which a wait gives up, unless it is told otherwise."""
@@ -170,7 +169,7 @@ class QueuePair:
         self._admin = admin
         self._port = port
         self._blocks: list[PinnedBlock] = []
-        self._sites: list[tuple[CodeType, int] | None] = [None] * entries
+        self._sites = SubmissionSites(entries)
         self._timings: weakref.WeakValueDictionary[int, Timing] = weakref.WeakValueDictionary()
         self._reports = threading.Lock()
         self._lost: list[tuple[int, int, dict[str, Any]]] = []
@@ -206,12 +205,7 @@ class QueuePair:
 
     def note(self, sequence: int) -> None:
         """Remember which line outside of this package submitted the command `sequence`."""
-        frame = sys._getframe(2)
-        while frame.f_globals.get("__name__", "").startswith("maia_rt."):
-            if frame.f_back is None:
-                return
-            frame = frame.f_back
-        self._sites[sequence & len(self._sites) - 1] = (frame.f_code, frame.f_lasti)
+        self._sites.note(sequence)
 
     def submit_timed(self) -> tuple[int, Timing]:
         """Submit a NOP that all before it precede, and that reports when; its timing is filled in when it is taken."""
@@ -338,19 +332,11 @@ class QueuePair:
                     details.append(f"detail {entry['detail']}")
         if raw is not None:
             facts["command"] = decode(raw)
-        where = self._site(sequence)
+        where = self._sites.find(sequence)
         if where:
             details.append(f"submitted at {where}")
         facts["detail"] = ", ".join(details)
         return facts
-
-    def _site(self, sequence: int) -> str:
-        site = self._sites[sequence & len(self._sites) - 1]
-        if site is None or self.ring.head - sequence >= len(self._sites):
-            return ""
-        code, at = site
-        lines = [line for start, end, line in code.co_lines() if start <= at < end and line is not None]
-        return f"{code.co_filename}:{lines[0] if lines else code.co_firstlineno}"
 
     def _check_lost(self, sequence: int) -> None:
         for first, last, facts in self._lost:
@@ -363,7 +349,7 @@ class QueuePair:
         what = f"{self.ring.name}: command {sequence} was not done within {seconds:g} s"
         if raw is None:
             return DeviceTimeout(what, cause="it was never submitted", hint="wait for what was submitted")
-        where = self._site(at)
+        where = self._sites.find(at)
         what += f"; the device is at command {at}: {decode(raw)}" + (f", submitted at {where}" if where else "")
         if "pre=[" in decode(raw):
             return DeviceTimeout(what, cause="it waits for a semaphore; one with the number of a queue is that queue's "
@@ -412,7 +398,6 @@ class QueuePair:
         if lost[0] <= head:
             self._lost.append(lost)
         self.ring.reset(head + 1)
-        self._sites = [None] * len(self._sites)
 
     def _never_ran(self) -> dict[str, Any]:
         return {"code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from maia_rt.runtime.stream import Stream
 
 
+Shape = int | tuple[int, ...]
+
+
 class Memory:
     """A piece of memory with a device address: the root of :class:`Buffer` and :class:`HostBuffer`.
 
@@ -251,3 +254,12 @@ class HostBuffer(Memory):
                               source=self)
                 if self._memory is not None:
                     self.device._abandon_host(self._block, self._memory)
+
+
+def measure(shape: Shape, dtype: npt.DTypeLike | None) -> tuple[np.dtype[Any] | None, tuple[int, ...], int]:
+    """Return dtype, shape and bytes of what is to be allocated; InvalidArgument for negative extents."""
+    kind = None if dtype is None else np.dtype(dtype)
+    dims = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    if min(dims, default=0) < 0:
+        raise InvalidArgument(f"a shape has no negative extents: {dims}")
+    return kind, tuple(int(d) for d in dims), math.prod(dims) * (1 if kind is None else kind.itemsize)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import math
 import os
 import threading
 import time
@@ -12,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +20,7 @@ from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError,
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import DeviceHeap, PinnedBlock, PinnedPool, SpaceStatistics
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
-from maia_rt.runtime.buffer import Buffer, HostBuffer
+from maia_rt.runtime.buffer import Buffer, HostBuffer, Shape, measure
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pinned import PinnedRanges
@@ -31,8 +29,6 @@ from maia_rt.runtime.reclaim import Reclaimer
 from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
 from maia_rt.transport import Transport
-
-Shape = int | tuple[int, ...]
 
 _HEAP_ALIGNMENT = 256
 _CLOSE_SECONDS = 2.0
@@ -211,7 +207,7 @@ class Device:
             The text says how much is free. Buffers that were closed but are still in use have been waited for.
         """
         self._require_open()
-        kind, dims, nbytes = _measure(shape, dtype)
+        kind, dims, nbytes = measure(shape, dtype)
         self._reclaimer.collect()
         try:
             address = self._heap.allocate(max(nbytes, 1), alignment)
@@ -239,7 +235,7 @@ class Device:
         OutOfMemory, MemlockLimit
         """
         self._require_open()
-        kind, dims, nbytes = _measure(shape, dtype)
+        kind, dims, nbytes = measure(shape, dtype)
         self._reclaimer.collect()
         block = self._pool.allocate(max(nbytes, 1))
         buffer = HostBuffer._pin(self, block, nbytes, kind, dims)
@@ -439,14 +435,6 @@ class Device:
                     self._firmware.unload_program(first)
 
         return unload
-
-
-def _measure(shape: Shape, dtype: npt.DTypeLike | None) -> tuple[np.dtype[Any] | None, tuple[int, ...], int]:
-    kind = None if dtype is None else np.dtype(dtype)
-    dims = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
-    if min(dims, default=0) < 0:
-        raise InvalidArgument(f"a shape has no negative extents: {dims}")
-    return kind, tuple(int(d) for d in dims), math.prod(dims) * (1 if kind is None else kind.itemsize)
 
 
 # On a single processor the device cannot answer while a wait spins.

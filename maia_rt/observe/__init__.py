@@ -1,0 +1,1 @@
+"""What a program can see of its own commands."""
