@@ -15,6 +15,8 @@ Span = tuple[int, int]
 
 BYTES_PER_NS = 8.0
 """Of a tile's DMA."""
+MEMORY_BYTES_PER_NS = 32.0
+"""Of the memory that all tiles share."""
 MACS_PER_NS = 70.0
 """Of a tile's tensor unit in FP32."""
 PACK_PER_NS = 2.5
@@ -54,6 +56,15 @@ def shares(total: int, parts: int, multiple: int = 1) -> list[Span]:
         spans.append((start, end))
         start = end
     return spans
+
+
+LEAST_ROWS = 32
+"""Rows that are worth a tile of their own where each tile has to bring in the same weights."""
+
+
+def row_shares(rows: int, tiles: int) -> list[Span]:
+    """Cut rows over as many of the tiles as pay."""
+    return shares(rows, min(tiles, -(-rows // LEAST_ROWS)))
 
 
 def blocks(start: int, end: int, size: int) -> list[Span]:

@@ -13,6 +13,7 @@ from maia_rt.kernels.blocking import (
     halvings,
     largest,
     pipelined,
+    row_shares,
     shares,
 )
 from maia_rt.kernels.builder import KernelBuilder
@@ -71,7 +72,7 @@ def feed_forward(capabilities: Capabilities, m: int, n: int, hidden: int, *, dty
     b1 = builder.argument("b1", ArgKind.IN, dtype, (hidden,))
     w2 = builder.argument("w2", ArgKind.IN, dtype, (hidden, n))
     y = builder.argument("y", ArgKind.OUT, Dtype.FP32, (len(spans), m, n))
-    row_spans = shares(m, capabilities.tiles // len(spans))
+    row_spans = row_shares(m, capabilities.tiles // len(spans))
     rows, units = _sizes(largest(row_spans), n, largest(spans), WIDTHS[dtype], capabilities.tile_sram_bytes, name)
     tiles = iter(range(capabilities.tiles))
     for part, span in enumerate(spans):

@@ -9,7 +9,9 @@ from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
 from maia_rt.errors import ProgramError
 from maia_rt.kernels.blocking import (
     BYTES_PER_NS,
+    LEAST_ROWS,
     MACS_PER_NS,
+    MEMORY_BYTES_PER_NS,
     OPERATION_NS,
     PACK_PER_NS,
     Span,
@@ -29,7 +31,7 @@ MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Blocking:
-    """The block sizes of one tile's product of (m, k) by (k, n), and what they cost.
+    """The block sizes of one tile's product of (m, k) by (k, n), and what they cost, multiplications aside.
 
     ``rows`` x ``columns`` results are formed at a time, ``depth`` of k at a time.
     """
@@ -37,6 +39,7 @@ class Blocking:
     rows: int
     columns: int
     depth: int
+    bytes_moved: int
     nanoseconds: float
 
 
@@ -82,7 +85,7 @@ def plan(m: int, n: int, k: int, width: int, sram_bytes: int, extra_row_bytes: i
                 ops = steps_n * steps_m * (steps_k * 3 + 3)
                 cost = bytes_moved / BYTES_PER_NS + packed / PACK_PER_NS + ops * OPERATION_NS
                 if best is None or cost < best.nanoseconds:
-                    best = Blocking(rows, columns, depth, cost)
+                    best = Blocking(rows, columns, depth, bytes_moved, cost)
                 break
     return best
 
@@ -139,13 +142,16 @@ def _grid(capabilities: Capabilities, m: int, n: int, k: int, width: int, name: 
     best: tuple[float, int, int, Blocking] | None = None
     room = capabilities.tile_sram_bytes
     for column_parts in range(1, capabilities.tiles + 1):
-        row_parts = capabilities.tiles // column_parts
-        share_n = max(e - s for s, e in shares(n, column_parts, 16))
+        row_parts = min(capabilities.tiles // column_parts, -(-m // LEAST_ROWS))
+        share_n = largest(shares(n, column_parts, 16))
         share_m = -(-m // row_parts)
         blocking = plan(share_m, share_n, k, width, room - share_n * width - SRAM_ALIGNMENT)
         if blocking is None:
             continue
-        cost = blocking.nanoseconds + share_m * share_n * k / MACS_PER_NS
+        # Tiles load beside each other, but from one memory.
+        shared = blocking.bytes_moved * row_parts * column_parts / MEMORY_BYTES_PER_NS
+        waiting = max(0.0, shared - blocking.bytes_moved / BYTES_PER_NS)
+        cost = blocking.nanoseconds + waiting + share_m * share_n * k / MACS_PER_NS
         if best is None or cost < best[0]:
             best = cost, row_parts, column_parts, blocking
     if best is None:

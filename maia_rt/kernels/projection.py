@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maia_rt.contract.program import ArgKind, Capabilities, Dtype, KernelImage
 from maia_rt.errors import ProgramError
-from maia_rt.kernels.blocking import Span, blocks, largest, pipelined, shares
+from maia_rt.kernels.blocking import Span, blocks, largest, pipelined, row_shares
 from maia_rt.kernels.builder import KernelBuilder
 from maia_rt.kernels.matmul import Blocking, plan
 from maia_rt.kernels.normalization import Constants
@@ -50,7 +50,7 @@ def matmul_add_norm(capabilities: Capabilities, m: int, n: int, k: int, *, epsil
     y = builder.argument("y", ArgKind.OUT, dtype, (m, n))
     constants = Constants(bias, gamma, beta)
     width = WIDTHS[dtype]
-    spans = shares(m, capabilities.tiles)
+    spans = row_shares(m, capabilities.tiles)
     blocking = plan(largest(spans), n, k, width, capabilities.tile_sram_bytes - constants.nbytes - 4 * SRAM_ALIGNMENT,
                     n * width, True)
     if blocking is None:

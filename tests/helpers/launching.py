@@ -18,8 +18,8 @@ SMALL = Capabilities(tiles=4, tile_sram_bytes=2 << 20, tile_semaphores=32, max_a
 """As the emulator's small profile."""
 TIGHT = replace(SMALL, tiles=3, tile_sram_bytes=48 << 10)
 """Little SRAM and an odd number of tiles: everything is blocked."""
-MANY = replace(SMALL, tiles=64, tile_sram_bytes=3 << 20)
-"""More tiles than most shapes have work for, as the emulator's maia100 profile."""
+MANY = replace(SMALL, tiles=20, tile_sram_bytes=3 << 20)
+"""More tiles than most shapes have work for, as on the larger profiles."""
 LONE = replace(SMALL, tiles=1, tile_sram_bytes=256 << 10)
 
 

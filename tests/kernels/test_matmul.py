@@ -53,7 +53,7 @@ def test_multiply_adds_are_those_of_the_shape(launcher: Launcher) -> None:
 
 def test_small_device_keeps_the_weight_of_a_transformer_in_place(launcher: Launcher) -> None:
     kernel = kernels.matmul(launcher.capabilities, 300, 1152, 384, transpose_b=True, bias=True)
-    assert len({s.tile for s in kernel.streams}) >= min(60, launcher.capabilities.tiles)
+    assert len({s.tile for s in kernel.streams}) >= 0.9 * launcher.capabilities.tiles
 
 
 @pytest.mark.parametrize("dtype", [Dtype.FP32, Dtype.BF16])
