@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 
 from maia_rt.contract import program
 from maia_rt.contract.program import ArgKind, Dtype, Engine
 from maia_rt.errors import InvalidArgument, InvalidType, ProgramError
-from maia_rt.kernels import KernelBuilder
+from maia_rt.kernels import KernelBuilder, blocking, builder
 from maia_rt.kernels.blocking import blocks, region_blocks, region_shares, shares
 from tests.helpers import interpreter
 from tests.helpers.launching import SMALL, TIGHT
@@ -123,3 +125,8 @@ def test_shares_and_blocks_cover_everything_once(seed: int) -> None:
              for (p0, p1), (r0, r1) in region_blocks(region, multiple) for p in range(p0, p1) for r in range(r0, r1)]
     assert sorted(cells) == [(p, r) for p in range(planes) for r in range(rows)]
     assert max(b - a for a, b in blocks(0, total, multiple)) <= multiple
+
+
+@pytest.mark.parametrize("module", [builder, blocking])
+def test_examples_in_docstrings_print_what_they_say(module) -> None:
+    assert doctest.testmod(module).failed == 0
