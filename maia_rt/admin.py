@@ -8,9 +8,10 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from maia_rt.contract.commands import ADMIN_COMMAND, ADMIN_COMPLETION, AdminOpcode, AdminStatus
 from maia_rt.contract.registers import BAR0, Bar0, BootState
@@ -96,7 +97,7 @@ class AdminQueue:
         write(PciRegion.BAR0, Bar0.ADMIN_CQ, 8, self._blocks[1].iova)
         write(PciRegion.BAR0, Bar0.ADMIN_SIZE, 4, ENTRIES_LOG2)
 
-    def execute(self, opcode: AdminOpcode, *p: int, params: np.ndarray | None = None) -> tuple[int, int]:
+    def execute(self, opcode: AdminOpcode, *p: int, params: npt.NDArray[Any] | None = None) -> tuple[int, int]:
         """Run one admin command and return its two results.
 
         Parameters

@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from maia_rt.admin import MESSAGE_BYTES, AdminQueue
 from maia_rt.capabilities import Capabilities, read_capabilities
@@ -230,7 +231,7 @@ class Firmware:
             row = np.frombuffer(admin.page, IDENTIFY, 1)[0]
             return Identity(*(bytes(row[field]).decode(errors="replace") for field in ("model", "firmware", "serial")))
 
-    def create_queue(self, params: np.ndarray) -> int:
+    def create_queue(self, params: npt.NDArray[Any]) -> int:
         """Create a queue from a CREATE_QUEUE structure; return its id."""
         return self._admin.execute(AdminOpcode.CREATE_QUEUE, params=params)[0]
 
@@ -303,7 +304,7 @@ class Firmware:
             found = {name: int(row[name]) for name in COUNTER_NAMES}
             return found | {f"by_opcode_{op.name.lower()}": int(row["by_opcode"][op]) for op in Opcode}
 
-    def faults(self) -> np.ndarray:
+    def faults(self) -> npt.NDArray[Any]:
         """Return the fault log, oldest first, as FAULT records."""
         admin = self._admin
         with admin.lock:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from maia_rt._fast.ring import (
     ARG_SLOT_BYTES,
@@ -83,13 +84,13 @@ class QueuePort:
     on_event: Callable[[], object]
     check_alive: Callable[[], object]
     doorbell_page: Callable[[int, int], memoryview]
-    faults: Callable[[], np.ndarray]
+    faults: Callable[[], npt.NDArray[Any]]
 
 
 class QueueAdmin(Protocol):
     """The admin commands a queue pair lives by."""
 
-    def create_queue(self, params: np.ndarray) -> int:
+    def create_queue(self, params: npt.NDArray[Any]) -> int:
         """Create a queue from a CREATE_QUEUE structure; return its id."""
 
     def reset_queue(self, queue: int, initial: int) -> None:
@@ -317,7 +318,7 @@ class QueuePair:
     def _fault_facts(self) -> dict[str, Any]:
         _, code, sequence = self.ring.state
         facts: dict[str, Any] = {"code": code, "device": self._port.device, "queue": self.id, "sequence": sequence}
-        raw: bytes | np.ndarray | None = self.ring.command_at(sequence)
+        raw: bytes | npt.NDArray[Any] | None = self.ring.command_at(sequence)
         details = []
         try:
             log = self._port.faults()

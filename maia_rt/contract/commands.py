@@ -8,8 +8,10 @@ from this file.
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 CONTRACT_MAJOR = 1
 CONTRACT_MINOR = 0
@@ -218,7 +220,7 @@ NO_UNIT = 0xFFFFFFFF
 FAULT_LOG_ENTRIES = 64
 
 
-def decode(raw: bytes | np.ndarray) -> str:
+def decode(raw: bytes | npt.NDArray[Any]) -> str:
     """One command as a line of text, for errors and tools.
 
     Parameters

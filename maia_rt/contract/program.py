@@ -20,6 +20,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from maia_rt.contract.commands import SEMAPHORE_OP, PostOp, WaitOp
 from maia_rt.errors import ProgramError
@@ -198,7 +199,7 @@ class Stream:
 
     tile: int
     engine: Engine
-    ops: np.ndarray
+    ops: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,10 @@ def write(kernels: Sequence[KernelImage]) -> bytes:
         strings.extend(raw)
         return offset, len(raw)
 
-    kernel_rows: list[np.ndarray] = []
-    arg_rows: list[np.ndarray] = []
-    stream_rows: list[np.ndarray] = []
-    ops: list[np.ndarray] = []
+    kernel_rows: list[npt.NDArray[Any]] = []
+    arg_rows: list[npt.NDArray[Any]] = []
+    stream_rows: list[npt.NDArray[Any]] = []
+    ops: list[npt.NDArray[Any]] = []
     op_count = 0
     for kernel in kernels:
         row = np.zeros((), KERNEL)
@@ -277,7 +278,7 @@ def write(kernels: Sequence[KernelImage]) -> bytes:
             ops.append(stream.ops)
             op_count += len(stream.ops)
 
-    def pack(rows: list[np.ndarray], dtype: np.dtype[np.void]) -> bytes:
+    def pack(rows: list[npt.NDArray[Any]], dtype: np.dtype[np.void]) -> bytes:
         return np.array(rows, dtype).tobytes() if rows else b""
 
     bodies = [
@@ -329,7 +330,7 @@ def read(data: bytes) -> Image:
     if int(header["sections"]) != len(Section):
         raise _refused("header.sections", f"{header['sections']}, not {len(Section)}", "")
     table = _table(data, HEADER.itemsize, SECTION, len(Section), "sections")
-    parts: dict[Section, np.ndarray] = {}
+    parts: dict[Section, npt.NDArray[Any]] = {}
     strings = b""
     end = HEADER.itemsize + table.nbytes
     for entry, kind in zip(table, Section, strict=True):
@@ -350,7 +351,7 @@ def read(data: bytes) -> Image:
     return Image(tuple(_kernel(row, i, parts, strings) for i, row in enumerate(parts[Section.KERNELS])), bytes(data))
 
 
-def _table(data: bytes, offset: int, dtype: np.dtype[np.void], count: int, where: str) -> np.ndarray:
+def _table(data: bytes, offset: int, dtype: np.dtype[np.void], count: int, where: str) -> npt.NDArray[Any]:
     if offset + count * dtype.itemsize > len(data):
         raise _refused(where, "leaves the image", "truncated")
     return np.frombuffer(data, dtype, count, offset)
@@ -366,14 +367,14 @@ def _text(strings: bytes, row: np.void, where: str) -> str:
         raise _refused(f"{where}.name", "is no UTF-8", "corrupted") from None
 
 
-def _kernel(row: np.void, index: int, parts: dict[Section, np.ndarray], strings: bytes) -> KernelImage:
+def _kernel(row: np.void, index: int, parts: dict[Section, npt.NDArray[Any]], strings: bytes) -> KernelImage:
     where = f"kernel {index}"
     name = _text(strings, row, where)
     where = f"kernel {name!r}"
     if row["reserved"].any():
         raise _refused(f"{where}.reserved", "not zero", "built by a newer version")
 
-    def span(first: str, count: str, kind: Section) -> np.ndarray:
+    def span(first: str, count: str, kind: Section) -> npt.NDArray[Any]:
         start, number = int(row[first]), int(row[count])
         if start + number > len(parts[kind]):
             raise _refused(f"{where}.{first}", f"{start} + {number} is past the {len(parts[kind])} {kind.name}", "")
@@ -464,7 +465,7 @@ def _verify_ops(kernel: KernelImage, where: str, capabilities: Capabilities) -> 
     engine = np.repeat([int(s.engine) for s in kernel.streams], [len(s.ops) for s in kernel.streams])
     opcode = ops["opcode"].astype(np.int64)
 
-    def refuse(bad: np.ndarray, what: str, why: str) -> None:
+    def refuse(bad: npt.NDArray[Any], what: str, why: str) -> None:
         if bad.any():
             i = int(np.argmax(bad))
             number = int(np.searchsorted(ends, i, side="right"))
@@ -503,9 +504,9 @@ def _verify_ops(kernel: KernelImage, where: str, capabilities: Capabilities) -> 
     _verify_operands(kernel, ops, opcode, n, batch, flags, refuse, capabilities)
 
 
-def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n: np.ndarray, batch: np.ndarray,
-                     flags: np.ndarray, refuse: Callable[[np.ndarray, str, str], None],
-                     capabilities: Capabilities) -> None:
+def _verify_operands(kernel: KernelImage, ops: npt.NDArray[Any], opcode: npt.NDArray[Any], n: npt.NDArray[Any],
+                     batch: npt.NDArray[Any], flags: npt.NDArray[Any],
+                     refuse: Callable[[npt.NDArray[Any], str, str], None], capabilities: Capabilities) -> None:
     operand = ops["operand"]
     space = operand["space"].astype(np.int64)
     dtype = operand["dtype"].astype(np.int64)
@@ -564,16 +565,16 @@ def _verify_operands(kernel: KernelImage, ops: np.ndarray, opcode: np.ndarray, n
             refuse(arg & ~writable[number], name, "writes an argument declared IN")
 
 
-def _among(values: np.ndarray, members: Iterable[int]) -> np.ndarray:
+def _among(values: npt.NDArray[Any], members: Iterable[int]) -> npt.NDArray[Any]:
     """Whether each value (not negative) is one of a few below 255."""
     table = np.zeros(256, bool)
     table[[int(m) for m in members]] = True
-    found: np.ndarray = table[np.minimum(values, 255)]
+    found: npt.NDArray[Any] = table[np.minimum(values, 255)]
     return found
 
 
-def _shape(slot: int, opcode: np.ndarray, n: np.ndarray, batch: np.ndarray,
-           flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shape(slot: int, opcode: npt.NDArray[Any], n: npt.NDArray[Any], batch: npt.NDArray[Any],
+           flags: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     """Row length in elements, rows and planes of an operand."""
     row, rows, planes = n[:, 0].copy(), n[:, 1].copy(), n[:, 2].copy()
     m, cols, k = n[:, 0], n[:, 1], n[:, 2]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from maia_rt.contract.commands import PostOp, WaitOp
 from maia_rt.contract.program import OP, Engine, MacroOp
@@ -34,7 +36,7 @@ class Operation:
         self.waits = waits
 
 
-def encode(lists: Sequence[Sequence[Operation]]) -> np.ndarray:
+def encode(lists: Sequence[Sequence[Operation]]) -> npt.NDArray[Any]:
     """The operations of several streams as one array of OP, semaphores included."""
     posting: dict[tuple[int, int], set[int]] = {}
     for operations in lists:
