@@ -398,7 +398,7 @@ cdef class Engine:
         try:
             q = self._queue(id)
             tail = q.head + <uint32_t> (load32(<uint32_t *> (q.doorbell + DOORBELL_TAIL)) - <uint32_t> q.head)
-            if sequence <= q.retired or sequence > tail:
+            if sequence <= q.retired or sequence > tail or q.state:
                 raise AdminError(AdminStatus.NOT_FOUND, f"queue {id} has no command {sequence} to abort")
             for i in range(q.flight_count):
                 entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]

@@ -80,7 +80,8 @@ cdef class FrontEnd:
     cdef pthread_mutex_t control
     cdef uint32_t waiting       # threads that want ``control``
     cdef uint32_t stopping
-    cdef uint32_t sleeping
+    cdef uint32_t sleeping      # 0 while awake, else this sleep's number
+    cdef uint32_t sleep_number
     cdef int wake_fd
     cdef uint64_t spin_ns
     cdef uint64_t watchdog_ns

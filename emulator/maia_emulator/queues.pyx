@@ -123,6 +123,14 @@ cdef char *translate(DeviceMemory memory, window_t *window, uint64_t address, ui
     return window.at
 
 
+cdef inline bint held_by_tiles(queue_t *q) noexcept nogil:
+    """Whether nothing in the queue can start before a launch of its own ends, which wakes us anyway."""
+    if q.stage == ON_TILES:
+        return True
+    return (q.stage == FETCHED and q.list_count == 0 and q.flight_count
+            and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT))
+
+
 cdef class FrontEnd:
     """Queues, semaphores, contexts' users, kernels and the fault log, and the thread that serves them.
 
@@ -229,9 +237,12 @@ cdef class FrontEnd:
         cdef bint moved
         cdef int timeout
         pthread_mutex_lock(&self.control)
-        store32(&self.sleeping, 1)
+        # Each sleep has a number, so that drivers can tell it from the one that they have ended already.
+        self.sleep_number = self.sleep_number + 1 or 1
+        store32(&self.sleeping, self.sleep_number)
         for i in range(self.live_count):
-            store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 1)
+            if not held_by_tiles(&self.queues[self.live[i]]):
+                store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), self.sleep_number)
         full_fence()
         # A doorbell rung before its writer could see the word is found here.
         moved = self.round()
@@ -248,6 +259,8 @@ cdef class FrontEnd:
         store32(&self.sleeping, 0)
         for i in range(self.live_count):
             store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 0)
+        # A store made while the word could still be read is seen by the next look at the doorbells.
+        full_fence()
         pthread_mutex_unlock(&self.control)
 
     cdef bint service(self, queue_t *q) noexcept nogil:

@@ -17,7 +17,7 @@ cdef class Tiles:
     cdef unit_t *head
     cdef unit_t *tail
     cdef bint stopping
-    cdef uint32_t *sleeping  # the front end's flag: 1 while it sleeps
+    cdef uint32_t *sleeping  # the front end's word: not 0 while it sleeps
     cdef int wake_fd
     cdef launch_t *prepare(self, kernel_t *kernel, uint32_t handle, context_t *context, const uint64_t *args,
                            const uint32_t *physical, uint32_t *status, uint64_t *bad) noexcept nogil

@@ -460,14 +460,16 @@ cdef inline object Ring_publish(Ring self, command_t *slot):
 
 
 cdef inline object Ring_doorbell(Ring self, uint64_t count):
+    cdef uint32_t sleep
     cdef uint64_t sequence = self.head + count
     self.head = sequence
     self.doorbells += 1
     store32(self.doorbell + DOORBELL_TAIL, <uint32_t>sequence)
     if self.can_sleep:
         fence()
-        if load32(self.doorbell + DOORBELL_NEEDS_WAKE):
-            self.waiters.wake()
+        sleep = load32(self.doorbell + DOORBELL_NEEDS_WAKE)
+        if sleep and sleep != self.waiters.woken:
+            self.waiters.wake_device()
     return sequence
 
 
@@ -592,7 +594,7 @@ cdef int Ring_drain(Ring self) except -1:
             self.reports_asked -= 1
     store32(self.doorbell + DOORBELL_REPORT_HEAD, self.report_head)
     if self.waiters.device_sleeps():
-        self.waiters.wake()
+        self.waiters.wake_device()
     return 0
 
 

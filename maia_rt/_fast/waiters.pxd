@@ -27,6 +27,7 @@ cdef class Waiters:
     cdef const progress_t *progress
     cdef unsigned char *doorbell
     cdef bint can_sleep
+    cdef uint32_t woken     # the sleep that the device was last woken from
     cdef uint64_t armed
     cdef uint32_t closing
     cdef int active
@@ -47,3 +48,4 @@ cdef class Waiters:
     cdef void kick_all(self) noexcept nogil
     cdef bint shut(self, int64_t timeout_ns)
     cdef bint device_sleeps(self) noexcept nogil
+    cdef int wake_device(self) except -1

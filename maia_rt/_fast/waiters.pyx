@@ -148,10 +148,19 @@ cdef class Waiters:
 
     cdef bint device_sleeps(self) noexcept nogil:
         """Whether the device must be woken to see what was just stored in the doorbell page."""
+        cdef uint32_t sleep
         if not self.can_sleep:
             return False
         fence()
-        return load32(self.doorbell + DOORBELL_NEEDS_WAKE) != 0
+        sleep = load32(self.doorbell + DOORBELL_NEEDS_WAKE)
+        return sleep != 0 and sleep != self.woken
+
+    cdef int wake_device(self) except -1:
+        """Write WAKE, once for each sleep: a device that was told needs time to get up, not to be told again."""
+        cdef uint32_t sleep = load32(self.doorbell + DOORBELL_NEEDS_WAKE)
+        self.wake()
+        self.woken = sleep
+        return 0
 
 
 cdef int Waiters_spin(Waiters self, uint64_t sequence, int64_t budget_ns, int64_t start) noexcept nogil:
@@ -193,7 +202,7 @@ cdef int Waiters_block(Waiters self, uint64_t sequence, int64_t deadline) except
         must_wake = Waiters_leave(self, &me)
     if must_wake:
         with gil:
-            self.wake()
+            self.wake_device()
     return status
 
 
@@ -215,7 +224,7 @@ cdef int Waiters_sleep(Waiters self, waiter_t *me, int64_t deadline, bint must_w
             pthread_mutex_unlock(&self.mutex)
         if must_wake:
             with gil:
-                self.wake()
+                self.wake_device()
             must_wake = False
         left = deadline - now_ns()
         if left <= 0:

@@ -230,6 +230,6 @@ DOORBELL: Final[dict[str, Register]] = {
         Field("SEQUENCE", 0, 64, "rw", 0x0, None, 'Sequence number.'),
     ), "The queue's vector fires once when progress reaches this sequence number. Each store of a new value arms anew and re-checks. 0 disarms."),
     "NEEDS_WAKE": Register("NEEDS_WAKE", 0x040, 32, (
-        Field("FLAG", 0, 32, "ro", 0x0, None, '1: a write of WAKE is needed.'),
-    ), 'Written by the device: 1 while it sleeps. The driver reads it after a store to this page or to the semaphore window and a full fence; where it is 1, it writes WAKE.'),
+        Field("SLEEP", 0, 32, "ro", 0x0, None, 'The sleep that a write of WAKE would end; 0: none.'),
+    ), 'Written by the device: 0 while it is awake, else the number of its sleep, another one each time. The driver reads it after a store to this page or to the semaphore window and a full fence; where it is not 0, and not the sleep it has ended already, it writes WAKE.'),
 }

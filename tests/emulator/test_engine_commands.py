@@ -244,7 +244,7 @@ def test_an_idle_engine_sleeps(bare):
     queue = bare.queue()
     queue.put(c.COMMAND, Opcode.NOP)
     assert queue.wait() == 0
-    until(lambda: queue.page[0x10] == 1)
+    until(lambda: queue.page[0x10] != 0)
     before = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - before < 0.01
