@@ -72,6 +72,10 @@ def test_the_wheel_has_extensions_stubs_and_the_register_description_and_no_c(bu
         for source in (ROOT / folder).glob("*.pyx"):
             assert f"{package}/{source.stem}{tag}" in names
             assert f"{package}/{source.stem}.pyi" in names
+    folders = ("maia_rt", "emulator/maia_emulator", "tools/maia_tools")
+    modules = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
+    missing = {str(p.relative_to(ROOT)).removeprefix("emulator/").removeprefix("tools/") for p in modules} - names
+    assert not missing, "is every package listed in pyproject.toml?"
     assert {"maia_rt/py.typed", "maia_rt/contract/registers.rdl", "maia_rt/_fast/commands.pxd"} <= names
     assert [n for n in names if n.endswith((".c", ".h", ".pyx"))] == []
     tops = {n.split("/")[0] for n in names}
