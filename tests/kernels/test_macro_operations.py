@@ -198,7 +198,8 @@ def test_gather_outside_its_table_is_a_fault_of_that_stream_alone(
 def test_nan_and_infinity_follow_ieee(device_launcher: DeviceLauncher) -> None:
     x = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38], np.float32)
     for name, want in (("relu", [np.nan, np.inf, 0, 0, 0, 1e-45, 3e38]), ("exp", [np.nan, np.inf, 0, 1, 1, 1, np.inf]),
-                       ("tanh", [np.nan, 1, -1, 0, 0, 1e-45, 1]), ("convert", x)):
+                       ("tanh", [np.nan, 1, -1, 0, 0, 1e-45, 1]), ("convert", x),
+                       ("gelu", [np.nan, np.inf, 0, 0, 0, 1e-45, 3e38])):
         kernel = one_operation(device_launcher, (Dtype.FP32, Dtype.FP32, Dtype.FP32), [x.shape, x.shape], VECTOR[name])
         got = device_launcher.launch(kernel, x)
         np.testing.assert_allclose(got, np.array(want, np.float32), rtol=1e-6, atol=1e-37, err_msg=name)

@@ -110,7 +110,8 @@ INLINE float gelu_of(float x) {
     q = q * t + -1.391283284e-04f;
     float far = z > 4.5f ? 0.0f : 0.5f * exp_of(-q); /* erfc(4.5) is 2e-10: nothing beside 1 in binary32 */
     float tail = z <= 1.0f ? near : far;
-    return x != x ? x : x < 0.0f ? x * tail : x - x * tail;
+    float below = tail == 0.0f ? -0.0f : x * tail; /* not infinity times zero */
+    return x != x ? x : x < 0.0f ? below : x * (1.0f - tail);
 }
 
 INLINE float tanh_of(float x) {
