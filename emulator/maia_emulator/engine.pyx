@@ -331,7 +331,7 @@ cdef class Engine:
         """Start a queue at a free-running index: ring, doorbell page, progress block and mirror."""
         cdef progress_t block
         q.head = q.retired = q.published = initial
-        q.tail, q.report_tail, q.arm, q.aborted = <uint32_t> initial, 0, 0, 0
+        q.tail, q.report_tail, q.report_head, q.arm, q.aborted = <uint32_t> initial, 0, 0, 0, 0
         q.state = q.stage = q.flight_first = q.flight_count = 0
         q.fault, q.fault_sequence, q.list_count = 0, 0, 0
         store32(<uint32_t *> (q.doorbell + DOORBELL_TAIL), <uint32_t> initial)

@@ -44,6 +44,7 @@ cdef struct queue_t:
     uint64_t published
     uint32_t tail           # the doorbell as last seen
     uint32_t report_tail
+    uint32_t report_head    # as last seen
     uint64_t arm
     uint64_t aborted        # sequence to abort, 0 for none
     int state

@@ -352,13 +352,15 @@ cdef class FrontEnd:
 
     cdef bint may_start(self, queue_t *q) noexcept nogil:
         """Whether barrier, report room and in-flight limit let the queue's next command start."""
-        cdef uint32_t unread
         if q.list_count:
             return True             # the INDIRECT command itself has passed this
         if q.flight_count and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT):
             return False
-        unread = q.report_tail - load32(word(q, DOORBELL_REPORT_HEAD))
-        return unread + q.flight_count < q.report_mask + 1
+        if q.report_tail - q.report_head + q.flight_count <= q.report_mask:
+            return True
+        # The driver writes to this cache line with every doorbell, so it is looked at only when the records run out.
+        q.report_head = load32(word(q, DOORBELL_REPORT_HEAD))
+        return q.report_tail - q.report_head + q.flight_count <= q.report_mask
 
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil:
         cdef int i
