@@ -45,6 +45,8 @@ cdef class DeviceMemory:
                   uint64_t *bad) noexcept nogil
     cdef int store(self, uint64_t dst, const void *src, uint64_t size, context_t *context, traffic_t *traffic,
                    uint64_t *bad) noexcept nogil
+    cdef int transfer(self, uint64_t address, char *buffer, uint64_t size, bint write, context_t *context,
+                      traffic_t *traffic, uint64_t *bad) noexcept nogil
     cdef int reach(self, uint64_t address, uint64_t size, bint write, context_t *context, uint64_t *bad) noexcept nogil
     cdef int by_message(self, uint64_t address, char *buffer, uint64_t size, bint write,
                         traffic_t *traffic) noexcept nogil

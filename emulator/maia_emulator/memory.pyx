@@ -202,48 +202,35 @@ cdef class DeviceMemory:
     cdef int load(self, void *dst, uint64_t src, uint64_t size, context_t *context, traffic_t *traffic,
                   uint64_t *bad) noexcept nogil:
         """Read ``size`` bytes at a device address into the engine's own memory."""
-        cdef uint64_t length
-        cdef char *at
-        cdef int kind, fault
-        while size:
-            length = size
-            kind = self.resolve(src, &length, False, context, &at)
-            fault = 0
-            if kind < 0:
-                fault = FAULT_CONTEXT if kind == KIND_BAD_CONTEXT else FAULT_ADDRESS
-            elif kind == KIND_MESSAGE:
-                fault = self.by_message(src, <char *> dst, length, False, traffic)
-            else:
-                memcpy(dst, at, length)
-            if fault:
-                bad[0] = src
-                return fault
-            dst = <char *> dst + length
-            src += length
-            size -= length
-        return 0
+        return self.transfer(src, <char *> dst, size, False, context, traffic, bad)
 
     cdef int store(self, uint64_t dst, const void *src, uint64_t size, context_t *context, traffic_t *traffic,
                    uint64_t *bad) noexcept nogil:
         """Write ``size`` bytes of the engine's own memory to a device address."""
+        return self.transfer(dst, <char *> src, size, True, context, traffic, bad)
+
+    cdef int transfer(self, uint64_t address, char *buffer, uint64_t size, bint write, context_t *context,
+                      traffic_t *traffic, uint64_t *bad) noexcept nogil:
         cdef uint64_t length
         cdef char *at
         cdef int kind, fault
         while size:
             length = size
-            kind = self.resolve(dst, &length, True, context, &at)
+            kind = self.resolve(address, &length, write, context, &at)
             fault = 0
             if kind < 0:
                 fault = FAULT_CONTEXT if kind == KIND_BAD_CONTEXT else FAULT_ADDRESS
             elif kind == KIND_MESSAGE:
-                fault = self.by_message(dst, <char *> src, length, True, traffic)
+                fault = self.by_message(address, buffer, length, write, traffic)
+            elif write:
+                memcpy(at, buffer, length)
             else:
-                memcpy(at, src, length)
+                memcpy(buffer, at, length)
             if fault:
-                bad[0] = dst
+                bad[0] = address
                 return fault
-            src = <const char *> src + length
-            dst += length
+            buffer += length
+            address += length
             size -= length
         return 0
 
