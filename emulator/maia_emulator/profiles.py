@@ -1,8 +1,8 @@
 """The devices that the emulator can be: counts and sizes, and nothing else.
 
-Public (Hot Chips 2024 for Maia 100; the announcement of 2026-01-26 and Hot Chips 2026 for Maia 200): tiles and
-clusters, 64 GB and 216 GB of HBM, 3 MiB of SRAM a tile and 35 MB a cluster on Maia 200, PCIe Gen5 x8 and Gen6 x8.
-Everything else is ours: the SRAM sizes of maia100, queues, semaphores, contexts, program limits, and all of `small`.
+Public, with sources in docs/contract.md: clusters, tiles, HBM and PCIe Gen5 x8 of maia100, HBM of maia200. Its clusters,
+tiles, SRAM and link are modelled on what was shown of it, without a source that we can name. Everything else is ours:
+SRAM sizes of maia100, queues, semaphores, contexts, program limits, and all of `small`.
 """
 
 from __future__ import annotations
