@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import warnings
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 
 Shape = int | tuple[int, ...]
+M = TypeVar("M", bound="Memory")
 
 
-class Memory:
+class Memory(abc.ABC):
     """A piece of memory with a device address: the root of :class:`Buffer` and :class:`HostBuffer`.
 
     Attributes
@@ -95,8 +97,37 @@ class Memory:
                                   f"the {self._noun} has {self.nbytes}")
         return self._derive(self.address + offset, nbytes, kind, shape)
 
+    def close(self) -> None:
+        """Give the memory back; idempotent. A view does not close its buffer."""
+        if self._root is self and not self._closed:
+            self._closed = True
+            self._give_up()
+
+    def __enter__(self: M) -> M:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_root", None) is self and not self._closed:
+            self._closed = True
+            if not self.device.closed:
+                warnings.warn(f"a {self._noun} of {self.nbytes} bytes was not closed", ResourceWarning, stacklevel=2,
+                              source=self)
+                self._abandon()
+
+    @abc.abstractmethod
     def _derive(self, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> Memory:
-        raise NotImplementedError
+        """Return a view of this memory's root."""
+
+    @abc.abstractmethod
+    def _give_up(self) -> None:
+        """Hand the memory back to the device."""
+
+    @abc.abstractmethod
+    def _abandon(self) -> None:
+        """Likewise from a finalizer, which may not call the device."""
 
     def __getitem__(self, item: slice) -> Any:
         """Return a slice along the first axis, without a step."""
@@ -156,25 +187,11 @@ class Buffer(Memory):
         stream.copy(found, self)
         return found
 
-    def close(self) -> None:
-        """Give the memory back; idempotent. A view does not close its buffer."""
-        if self._root is self and not self._closed:
-            self._closed = True
-            self.device._give_up(self._address)
+    def _give_up(self) -> None:
+        self.device._give_up(self._address)
 
-    def __enter__(self) -> Buffer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_root", None) is self and not self._closed:
-            self._closed = True
-            if not self.device.closed:
-                warnings.warn(f"a buffer of {self.nbytes} bytes was not closed", ResourceWarning, stacklevel=2,
-                              source=self)
-                self.device._abandon(self._address)
+    def _abandon(self) -> None:
+        self.device._abandon(self._address)
 
 
 class HostBuffer(Memory):
@@ -232,28 +249,14 @@ class HostBuffer(Memory):
         """Serve the buffer protocol, on Python 3.12 and later."""
         return self.array.data
 
-    def close(self) -> None:
-        """Give the memory back; idempotent. A view does not close its buffer."""
-        if self._root is self and not self._closed:
-            self._closed = True
-            memory, self._memory = self._memory, None
-            if memory is not None:
-                self.device._give_up_host(self._block, memory)
+    def _give_up(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            self.device._give_up_host(self._block, memory)
 
-    def __enter__(self) -> HostBuffer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_root", None) is self and not self._closed:
-            self._closed = True
-            if not self.device.closed:
-                warnings.warn(f"a host buffer of {self.nbytes} bytes was not closed", ResourceWarning, stacklevel=2,
-                              source=self)
-                if self._memory is not None:
-                    self.device._abandon_host(self._block, self._memory)
+    def _abandon(self) -> None:
+        if self._memory is not None:
+            self.device._abandon_host(self._block, self._memory)
 
 
 def measure(shape: Shape, dtype: npt.DTypeLike | None) -> tuple[np.dtype[Any] | None, tuple[int, ...], int]:
