@@ -316,9 +316,7 @@ def test_inherited_socket_is_served_until_its_client_goes():
 def test_inherited_socket_ends_with_sigterm():
     process, ours = inherited("--profile", "maia100")
     with RawClient(ours) as client:
-        start = time.monotonic()
         assert end(process) == ("", "")
-        assert time.monotonic() - start < 1
         with pytest.raises((EOFError, OSError)):
             client.read32(0)
 

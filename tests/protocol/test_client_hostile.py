@@ -188,16 +188,16 @@ def test_no_answer_in_time_is_a_timeout_that_names_the_request_and_ends_the_conn
         with pytest.raises(EOFError):
             peer.recv(1)
 
-    with playing(after_handshake(play)) as sock, opened(sock, 0.1) as client:
+    with playing(after_handshake(play)) as sock, opened(sock, 0.5) as client:
         start = time.monotonic()
-        with pytest.raises(DeviceTimeout, match=r"REGION_READ of 4 bytes at 0x0 of region 0 within 0\.1 s"):
+        with pytest.raises(DeviceTimeout, match=r"REGION_READ of 4 bytes at 0x0 of region 0 within 0\.5 s"):
             client.read(0, 0, 4)
-        assert 0.05 < time.monotonic() - start < 2
+        assert 0.4 < time.monotonic() - start < 3
         start = time.monotonic()
         with pytest.raises(DeviceLost, match="no answer"):
             client.read(0, 0, 4)
         client.close()
-        assert time.monotonic() - start < 0.1
+        assert time.monotonic() - start < 0.5
 
 
 def test_a_late_reply_is_never_taken_for_anothers():
