@@ -6,6 +6,7 @@ tanh and erf: a few units, and for results of 16 bits one unit where the two fal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -203,6 +204,22 @@ def test_nan_and_infinity_follow_ieee(device_launcher: DeviceLauncher) -> None:
         kernel = one_operation(device_launcher, (Dtype.FP32, Dtype.FP32, Dtype.FP32), [x.shape, x.shape], VECTOR[name])
         got = device_launcher.launch(kernel, x)
         np.testing.assert_allclose(got, np.array(want, np.float32), rtol=1e-6, atol=1e-37, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "relative", "absolute"),
+    [("exp", np.exp, 8 * 2.0**-23, 2.0**-126), ("tanh", np.tanh, 8 * 2.0**-23, 2.0**-126),
+     ("gelu", lambda x: x / 2 * np.vectorize(math.erfc)(-x / math.sqrt(2)), 2.0**-18, 2.0**-22)],
+)
+def test_functions_keep_the_accuracy_that_the_contract_states(
+        device_launcher: DeviceLauncher, name: str, function: Callable[[np.ndarray], np.ndarray], relative: float,
+        absolute: float) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 80, 2000), -np.geomspace(1e-30, 80, 2000)])
+    x = x.astype(np.float32)
+    kernel = one_operation(device_launcher, (Dtype.FP32, Dtype.FP32, Dtype.FP32), [x.shape, x.shape], VECTOR[name])
+    want = function(x.astype(np.float64))
+    error = np.abs(device_launcher.launch(kernel, x).astype(np.float64) - want)
+    assert (error <= np.maximum(relative * np.abs(want), absolute)).all()
 
 
 def test_dtypes_are_those_of_the_contract() -> None:

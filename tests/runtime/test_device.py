@@ -299,6 +299,7 @@ def test_a_program_that_forgets_to_close_ends_cleanly():
 def test_an_interrupt_ends_a_wait_and_leaves_the_device_usable():
     script = textwrap.dedent("""
         import maia_rt, signal, threading, os, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
         from tests.runtime.test_stream import hold, release
         with maia_rt.open("emulated") as device, device.create_stream() as stream:
             hold(stream)
