@@ -1,8 +1,8 @@
 """The devices that the emulator can be: counts and sizes, and nothing else.
 
-Public, with sources in docs/contract.md: clusters, tiles, HBM and PCIe Gen5 x8 of maia100, HBM of maia200. Its clusters,
-tiles, SRAM and link are modelled on what was shown of it, without a source that we can name. Everything else is ours:
-SRAM sizes of maia100, queues, semaphores, contexts, program limits, and all of `small`.
+Public, with sources in docs/contract.md: clusters, tiles, HBM and PCIe Gen5 x8 of maia100, HBM of maia200. The
+clusters, tiles, SRAM and link of maia200 are modelled on what was shown of it, without a source that we can name.
+Everything else is ours: SRAM sizes of maia100, queues, semaphores, contexts, program limits, and all of `small`.
 """
 
 from __future__ import annotations
