@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -160,13 +161,12 @@ def test_path_that_is_too_long(tmp_path):
     assert "shorter" in said
 
 
-def test_path_of_107_bytes_is_not_too_long(tmp_path):
-    path = f"{tmp_path}/".ljust(107, "x")
-    if len(path) > 107:
-        pytest.skip(f"the temporary folder {tmp_path} is too long itself; run with --basetemp=/tmp/t")
-    process = spawn("--socket", path)
-    assert listening(process, 1) == [path]
-    end(process)
+def test_path_of_107_bytes_is_not_too_long():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own may be too long already
+        path = f"{folder}/".ljust(107, "x")
+        process = spawn("--socket", path)
+        assert listening(process, 1) == [path]
+        end(process)
 
 
 def test_missing_folder(tmp_path):
@@ -316,7 +316,9 @@ def test_inherited_socket_is_served_until_its_client_goes():
 def test_inherited_socket_ends_with_sigterm():
     process, ours = inherited("--profile", "maia100")
     with RawClient(ours) as client:
+        start = time.monotonic()
         assert end(process) == ("", "")
+        assert time.monotonic() - start < 1
         with pytest.raises((EOFError, OSError)):
             client.read32(0)
 
