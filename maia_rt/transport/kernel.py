@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, TransportError, Unsupported
 from maia_rt.pci import sysfs
@@ -70,14 +70,17 @@ class KernelDevice:
             raise
 
     @classmethod
-    def open(cls, address: PciAddress | str, *, no_iommu: bool = False, dev: Path = Path("/dev"),
-             root: Path = sysfs.ROOT) -> KernelDevice:
+    def open(cls, address: PciAddress | str, *, interface: Literal["group", "cdev"] | None = None,
+             no_iommu: bool = False, dev: Path = Path("/dev"), root: Path = sysfs.ROOT) -> KernelDevice:
         """Open a PCI function that is bound to vfio-pci.
 
         Parameters
         ----------
         address : PciAddress or str
             As ``lspci -D`` writes it.
+        interface : {'group', 'cdev'}, optional
+            The group in a container (``/dev/vfio/N``), or the function's own node in an iommufd
+            (``/dev/vfio/devices/vfioN`` and ``/dev/iommu``); by default the latter where the host has both its ends.
         no_iommu : bool
             Open the function without an IOMMU, which lets it reach all memory of the host. Never the default.
         dev, root : Path
@@ -98,7 +101,7 @@ class KernelDevice:
         """
         if isinstance(address, str):
             address = PciAddress.parse(address)
-        return cls(str(address), open_iommu(address, no_iommu=no_iommu, dev=dev, root=root))
+        return cls(str(address), open_iommu(address, interface=interface, no_iommu=no_iommu, dev=dev, root=root))
 
     # --- what the device is ------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ import ctypes
 import errno
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from maia_rt.errors import DeviceBusy, DeviceNotFound, ProtocolError, TransportError, Unsupported
+from maia_rt.errors import DeviceBusy, DeviceNotFound, InvalidArgument, ProtocolError, TransportError, Unsupported
 from maia_rt.pci import sysfs
 from maia_rt.pci.address import PciAddress
 from maia_rt.transport import kernel_uapi as k
@@ -276,7 +276,8 @@ def parse_type1_caps(
     return ranges, max_maps
 
 
-def open_iommu(address: PciAddress, *, no_iommu: bool, dev: Path, root: Path) -> Iommu:
+def open_iommu(address: PciAddress, *, interface: Literal["group", "cdev"] | None, no_iommu: bool, dev: Path,
+               root: Path) -> Iommu:
     """Open a function by what the host has: iommufd where both ends of it exist, the group otherwise.
 
     Raises
@@ -287,7 +288,12 @@ def open_iommu(address: PciAddress, *, no_iommu: bool, dev: Path, root: Path) ->
     function = sysfs.read_function(address, root=root)
     if not (dev / "vfio").exists():
         raise DeviceNotFound(f"{address}: the host has no VFIO: there is no {dev / 'vfio'}", hint=_LOAD)
-    if not no_iommu and function.vfio_cdev is not None and (dev / "iommu").exists():
+    if interface not in (None, "group", "cdev"):
+        raise InvalidArgument(f"{address}: {interface!r} is not an interface of VFIO", hint="use 'group' or 'cdev'")
+    if interface == "cdev" and no_iommu:
+        raise Unsupported(f"{address}: without an IOMMU there is no cdev interface", hint="leave `interface` out")
+    has_cdev = function.vfio_cdev is not None and (dev / "iommu").exists()
+    if function.vfio_cdev is not None and not no_iommu and (interface == "cdev" or interface is None and has_cdev):
         return IommufdIommu(address, function.vfio_cdev, dev=dev)
     if function.iommu_group is None:
         raise Unsupported(f"{address}: no IOMMU protects the host from this function",
