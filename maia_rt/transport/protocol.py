@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
 
 from maia_rt.errors import InvalidArgument, Unsupported
@@ -258,6 +259,12 @@ class Transport(Protocol):
         In order: bus mastering off, interrupts off, DMA unmapped, region mappings dropped, descriptors closed. It does
         not reset: call :meth:`reset` first where the next user should find a clean device.
         """
+
+    def __enter__(self) -> Transport:
+        """Return the transport itself."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close it."""
 
 
 def check_access(

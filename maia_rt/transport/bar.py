@@ -1,0 +1,215 @@
+"""A BAR as registers: every access is one access of its width, mapped where the device lets it be, else through the
+transport."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Final
+
+from maia_rt._fast.words import SharedWords
+from maia_rt.errors import ClosedError, DeviceLost, DeviceTimeout, InvalidArgument, Unsupported
+from maia_rt.transport.protocol import Transport
+from maia_rt.transport.uapi import PciRegion
+
+_CONFIG_VENDOR: Final = 0
+_LONGEST_PAUSE: Final = 0.01
+
+
+class Bar:
+    """The registers of one region of a device.
+
+    Offsets are in bytes from the region's start; values are unsigned, and little endian on the bus. A write comes after
+    every store that this thread made to memory before it (so a doorbell may be rung at once), a read before every load
+    after it. Writes are posted, as PCI writes are: read a register of the device back where they must have arrived.
+
+    Any thread may call. The object holds views of the region, so close it before the transport.
+
+    Parameters
+    ----------
+    transport : Transport
+        Its memory space must be on (:meth:`ConfigSpace.enable`): under the kernel's VFIO a mapped access to a function
+        that does not answer kills the process with SIGBUS, where one through the transport raises.
+    index : int
+        The region: 0 to 5 for a BAR.
+    mapped : bool
+        False sends every access through the transport: a system call or message each, and what there is to use while
+        the device may be away.
+
+    Raises
+    ------
+    Unsupported
+        The device has no such region.
+
+    Examples
+    --------
+    >>> with Bar(device, 0) as registers:                                                   # doctest: +SKIP
+    ...     registers.write32(0x14, registers.read32(0x14) | 1)
+    ...     registers.poll32(0x1C, mask=1, value=1, timeout=2.0, what="CSTS.RDY")
+    """
+
+    def __init__(self, transport: Transport, index: int = 0, *, mapped: bool = True) -> None:
+        region = transport.region(index)
+        if not region.size:
+            present = ", ".join(str(one.index) for one in transport.regions[:PciRegion.ROM] if one.size) or "none"
+            raise Unsupported(f"{transport.name}: the device has no BAR {index}", cause=f"it has BAR {present}",
+                              hint="choose another, or bind the function whose registers you mean")
+        self.name = f"{transport.name} BAR {index}"
+        self.index = index
+        self.size = region.size
+        self._transport = transport
+        self._closed = False
+        self._areas: list[tuple[int, int, SharedWords]] = []
+        try:
+            for start, length in region.areas if mapped else ():
+                view = transport.map(index, start, length)
+                self._areas.append((start, start + length, SharedWords(view, self.name)))
+        except BaseException:
+            self.close()
+            raise
+
+    def read8(self, offset: int) -> int:
+        """Read one byte."""
+        words, at = self._find(offset, 1)
+        return words.read8(at) if words else self._transport.read(self.index, offset, 1)
+
+    def read16(self, offset: int) -> int:
+        """Read 2 bytes at a multiple of 2."""
+        words, at = self._find(offset, 2)
+        return words.read16(at) if words else self._transport.read(self.index, offset, 2)
+
+    def read32(self, offset: int) -> int:
+        """Read 4 bytes at a multiple of 4.
+
+        Raises
+        ------
+        InvalidArgument
+            The register is not aligned, or not within the region.
+        ClosedError, ForkedError
+            The registers have been closed, or were opened before fork.
+        TransportError, DeviceLost
+            An access through the transport failed. A mapped one cannot: it reads as all ones where the device is gone;
+            :meth:`check_alive` tells.
+        """
+        words, at = self._find(offset, 4)
+        return words.read32(at) if words else self._transport.read(self.index, offset, 4)
+
+    def read64(self, offset: int) -> int:
+        """Read 8 bytes at a multiple of 8, as one access; not every device takes those."""
+        words, at = self._find(offset, 8)
+        return words.read64(at) if words else self._transport.read(self.index, offset, 8)
+
+    def write8(self, offset: int, value: int) -> None:
+        """Write one byte."""
+        words, at = self._find(offset, 1)
+        if words:
+            words.write8(at, value)
+        else:
+            self._transport.write(self.index, offset, 1, value)
+
+    def write16(self, offset: int, value: int) -> None:
+        """Write 2 bytes at a multiple of 2."""
+        words, at = self._find(offset, 2)
+        if words:
+            words.write16(at, value)
+        else:
+            self._transport.write(self.index, offset, 2, value)
+
+    def write32(self, offset: int, value: int) -> None:
+        """Write 4 bytes at a multiple of 4. Raises as :meth:`read32`, and InvalidArgument for a value of more bits."""
+        words, at = self._find(offset, 4)
+        if words:
+            words.write32(at, value)
+        else:
+            self._transport.write(self.index, offset, 4, value)
+
+    def write64(self, offset: int, value: int) -> None:
+        """Write 8 bytes at a multiple of 8, as one access; not every device takes those."""
+        words, at = self._find(offset, 8)
+        if words:
+            words.write64(at, value)
+        else:
+            self._transport.write(self.index, offset, 8, value)
+
+    def poll32(self, offset: int, *, mask: int, value: int, timeout: float, what: str = "") -> int:
+        """Read a 32-bit register until its bits in `mask` read `value`.
+
+        Parameters
+        ----------
+        offset, mask, value : int
+        timeout : float
+            In seconds. The register is read at least once, and once after the deadline.
+        what : str
+            The register or the state, for error texts.
+
+        Returns
+        -------
+        int
+            The whole register, as last read.
+
+        Raises
+        ------
+        DeviceTimeout
+            The deadline passed.
+        DeviceLost
+            It reads as all ones, and so does configuration space.
+        """
+        if value & ~mask:
+            raise InvalidArgument(f"{self.name}: {value:#x} has bits outside the mask {mask:#x}: it cannot be read")
+        deadline = time.monotonic() + timeout
+        pause = 1e-6
+        while True:
+            last_look = time.monotonic() >= deadline
+            got = self.read32(offset)
+            if got == 0xFFFFFFFF:
+                self.check_alive()
+            if got & mask == value:
+                return got
+            if last_look:
+                register = f"{what} (the register at {offset:#x})" if what else f"the register at {offset:#x}"
+                raise DeviceTimeout(
+                    f"{self.name}: {register} reads {got:#010x} after {timeout:g} s; waited for {value:#x} in the bits "
+                    f"{mask:#x}", cause="the device is busy for longer, hangs, or was not told to begin",
+                    hint="reset the device, or give it more time")
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def check_alive(self) -> None:
+        """Raise DeviceLost where configuration space reads as all ones: the link is down or the device in reset."""
+        vendor = self._transport.read(PciRegion.CONFIG, _CONFIG_VENDOR, 2)
+        if vendor == 0xFFFF:
+            raise DeviceLost(f"{self._transport.name}: the device reads as all ones, configuration space too",
+                             cause="the link is down, or the device was removed or is in reset",
+                             hint="look at the slot, rescan the bus, then open the device anew")
+
+    def _find(self, offset: int, width: int) -> tuple[SharedWords | None, int]:
+        for start, end, words in self._areas:
+            if start <= offset < end:
+                return words, offset - start
+        if self._closed:
+            raise ClosedError(f"{self.name} has been closed")
+        if offset % width:
+            raise InvalidArgument(f"{self.name}: {width} bytes at {offset:#x} are not aligned",
+                                  hint="access them at a multiple of their width, or in narrower pieces")
+        return None, offset
+
+    @property
+    def closed(self) -> bool:
+        """Whether close has been called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Let go of the mapped areas; idempotent."""
+        self._closed = True
+        while self._areas:
+            self._areas.pop()[2].close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        mapped = sum(end - start for start, end, _ in self._areas)
+        return f"<Bar {self.name}: {self.size:#x} bytes, {mapped:#x} mapped{', closed' if self._closed else ''}>"
