@@ -1,4 +1,9 @@
-"""Devices for the tests of the runtime: the embedded emulator, and one that serves a socket."""
+"""Devices for the tests of the runtime, on each transport.
+
+On a host without hardware: the embedded emulator, and one that serves a socket. With ``MAIA_TEST_DEVICE``, the PCI
+address of a function bound to vfio-pci, that device instead: this is how the guest runs these tests over the kernel's
+VFIO, and how they run on hardware. ``MAIA_TEST_OTHER_DEVICE`` is a second one, for tests that need two.
+"""
 
 import os
 
@@ -6,6 +11,17 @@ import pytest
 
 import maia_rt
 from tests.helpers.emulator import ROOT, emulator  # noqa: F401
+
+PCI_DEVICE = os.environ.get("MAIA_TEST_DEVICE")
+TRANSPORTS = [os.environ.get("MAIA_TEST_TRANSPORT", "vfio")] if PCI_DEVICE else ["embedded", "socket"]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, on a real PCI function, what is about the emulator's process."""
+    if PCI_DEVICE:
+        left_out = [item for item in items if item.get_closest_marker("emulator_process")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -17,16 +33,22 @@ def paths_for_the_embedded_emulator(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulator_before_everything(emulator):  # noqa: F811
+def emulator_before_everything(request):
     """Start the module's emulator before the first test takes stock of what it finds."""
+    if not PCI_DEVICE:
+        request.getfixturevalue("emulator")
 
 
 @pytest.fixture
-def on_socket(emulator):  # noqa: F811
-    """A device on a socket; its emulator lives as long as the module's tests."""
-    _, path = emulator
-    with maia_rt.open(path) as opened:
-        yield opened
+def attached(request):
+    """A device that outlives the test: on a socket, whose emulator lives as long as the module, or a PCI function."""
+    if PCI_DEVICE:
+        with maia_rt.open(PCI_DEVICE) as opened:
+            assert opened.transport.info.kind == os.environ.get("MAIA_TEST_TRANSPORT", opened.transport.info.kind)
+            yield opened
+    else:
+        with maia_rt.open(request.getfixturevalue("emulator")[1]) as opened:
+            yield opened
 
 
 @pytest.fixture
@@ -36,10 +58,23 @@ def embedded(paths_for_the_embedded_emulator):
         yield opened
 
 
-@pytest.fixture(params=["embedded", "on_socket"])
+@pytest.fixture
+def own_selector(paths_for_the_embedded_emulator):
+    """What a program that a test starts opens: a device that nobody else has open."""
+    return PCI_DEVICE or "emulated"
+
+
+@pytest.fixture
+def other_device(paths_for_the_embedded_emulator):
+    """A second device."""
+    with maia_rt.open(os.environ.get("MAIA_TEST_OTHER_DEVICE") or "emulated") as opened:
+        yield opened
+
+
+@pytest.fixture(params=TRANSPORTS)
 def device(request):
-    """A device, on each transport there is without hardware."""
-    return request.getfixturevalue(request.param)
+    """A device, on each transport there is."""
+    return request.getfixturevalue("embedded" if request.param == "embedded" else "attached")
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def test_every_size_and_alignment_arrives_and_nothing_else_changes(device, strea
             assert np.array_equal(back, data), f"{size} bytes from {offset}"
 
 
-def test_every_small_size(on_socket):
-    with on_socket.create_stream() as stream, on_socket.allocate(1024) as buffer:
+def test_every_small_size(attached):
+    with attached.create_stream() as stream, attached.allocate(1024) as buffer:
         for size in range(300):
             data = noise(size, size)
             path = stream.copy(buffer[size:2 * size], data)
@@ -48,10 +48,10 @@ def test_every_small_size(on_socket):
             assert np.array_equal(back, data), size
 
 
-def test_64_mib_there_and_back(on_socket):
+def test_64_mib_there_and_back(attached):
     data = noise(64 << 20)
     back = np.empty_like(data)
-    with on_socket.create_stream() as stream, on_socket.allocate(data.nbytes) as buffer:
+    with attached.create_stream() as stream, attached.allocate(data.nbytes) as buffer:
         assert stream.copy(buffer, data) is CopyPath.STAGED
         assert stream.copy(back, buffer) is CopyPath.STAGED
     assert np.array_equal(back, data)
@@ -102,24 +102,24 @@ def test_the_source_may_be_changed_when_copy_returns(device, stream):
     lambda: np.arange(10, dtype=np.float32), lambda: np.arange(20, dtype=ml_dtypes.bfloat16),
     lambda: np.arange(80, dtype=np.uint8)[::2], lambda: np.arange(40, dtype=np.uint8).reshape(5, 8).T,
 ])
-def test_sources_of_every_kind(on_socket, make):
+def test_sources_of_every_kind(attached, make):
     source = make()
-    with on_socket.create_stream() as stream, on_socket.allocate(40) as buffer:
+    with attached.create_stream() as stream, attached.allocate(40) as buffer:
         stream.copy(buffer, source)
         raw = np.ascontiguousarray(source).tobytes() if isinstance(source, np.ndarray) else bytes(source)
         assert bytes(buffer.copy_to_host()) == raw
 
 
-def test_destinations_of_every_kind(on_socket):
-    with on_socket.create_stream() as stream, on_socket.allocate(40) as buffer:
+def test_destinations_of_every_kind(attached):
+    with attached.create_stream() as stream, attached.allocate(40) as buffer:
         stream.copy(buffer, bytes(range(40)))
         for target in (bytearray(40), np.empty(10, np.float32), np.empty((), "V40"), memoryview(bytearray(40))):
             stream.copy(target, buffer)
             assert bytes(target) == bytes(range(40)) if not isinstance(target, np.ndarray) else target.tobytes()
 
 
-def test_what_cannot_be_copied_is_refused_and_nothing_is_submitted(on_socket):
-    with on_socket.create_stream() as stream, on_socket.allocate(40) as buffer:
+def test_what_cannot_be_copied_is_refused_and_nothing_is_submitted(attached):
+    with attached.create_stream() as stream, attached.allocate(40) as buffer:
         strided = np.zeros(80, np.uint8)[::2]
         for dst, src, error, text in [
             (buffer, bytes(39), InvalidArgument, "dst has 40 bytes, src 39"),
@@ -147,9 +147,9 @@ def test_fill(device, stream):
                 stream.fill(*arguments)
 
 
-def test_closed_memory_is_refused(on_socket):
-    with on_socket.create_stream() as stream:
-        buffer, host = on_socket.allocate(64), on_socket.allocate_host(64)
+def test_closed_memory_is_refused(attached):
+    with attached.create_stream() as stream:
+        buffer, host = attached.allocate(64), attached.allocate_host(64)
         part = buffer[8:16]
         array = host.array
         buffer.close()
@@ -163,18 +163,18 @@ def test_closed_memory_is_refused(on_socket):
         array[:] = 1
 
 
-def test_memory_of_another_device_is_refused(on_socket):
-    with maia_rt.open("emulated") as other, other.allocate(64) as buffer, on_socket.create_stream() as stream, \
+def test_memory_of_another_device_is_refused(attached, other_device):
+    with other_device.allocate(64) as buffer, attached.create_stream() as stream, \
             pytest.raises(InvalidArgument, match="another device"):
         stream.copy(buffer, bytes(64))
 
 
-def test_pinned_memory_is_not_reused_while_an_array_over_it_lives(on_socket):
-    host = on_socket.allocate_host(1 << 16)
+def test_pinned_memory_is_not_reused_while_an_array_over_it_lives(attached):
+    host = attached.allocate_host(1 << 16)
     array = host.array
     array[:] = 9
     host.close()
-    others = [on_socket.allocate_host(1 << 16) for _ in range(8)]
+    others = [attached.allocate_host(1 << 16) for _ in range(8)]
     for other in others:
         other.array[:] = 1
     assert (array == 9).all()
@@ -182,8 +182,8 @@ def test_pinned_memory_is_not_reused_while_an_array_over_it_lives(on_socket):
         other.close()
 
 
-def test_views_keep_to_their_buffer(on_socket):
-    with on_socket.allocate((4, 6), np.float32) as buffer:
+def test_views_keep_to_their_buffer(attached):
+    with attached.allocate((4, 6), np.float32) as buffer:
         assert buffer.nbytes == 96
         assert buffer[1:3].shape == (2, 6)
         assert buffer[1:3].address == buffer.address + 24

@@ -72,46 +72,46 @@ def test_memory_closed_while_commands_use_it_is_not_handed_out_before_they_are_d
         assert again.nbytes == whole
 
 
-def test_bad_shapes_are_refused(on_socket):
+def test_bad_shapes_are_refused(attached):
     for shape in (-1, (2, -1)):
         with pytest.raises(InvalidArgument):
-            on_socket.allocate(shape)
-    with on_socket.allocate(0) as empty, on_socket.allocate((0, 5), np.float32) as flat:
+            attached.allocate(shape)
+    with attached.allocate(0) as empty, attached.allocate((0, 5), np.float32) as flat:
         assert empty.copy_to_host().size == flat.copy_to_host().size == 0
 
 
-def test_closing_a_device_closes_what_came_from_it(on_socket):
-    stream, buffer, host = on_socket.create_stream(), on_socket.allocate(64), on_socket.allocate_host(64)
-    loaded = on_socket.load(tiny_program.image(8))
+def test_closing_a_device_closes_what_came_from_it(attached):
+    stream, buffer, host = attached.create_stream(), attached.allocate(64), attached.allocate_host(64)
+    loaded = attached.load(tiny_program.image(8))
     event = stream.record()
     array = host.array
-    on_socket.close()
+    attached.close()
     assert stream.closed
     assert buffer.closed
     assert host.closed
     assert loaded.closed
     assert event.query()
     array[:] = 1
-    for call in (lambda: on_socket.allocate(1), on_socket.create_stream, on_socket.counters, on_socket.synchronize,
-                 lambda: on_socket.load(b""), lambda: on_socket.allocate_host(1), on_socket.reset, stream.synchronize,
+    for call in (lambda: attached.allocate(1), attached.create_stream, attached.counters, attached.synchronize,
+                 lambda: attached.load(b""), lambda: attached.allocate_host(1), attached.reset, stream.synchronize,
                  lambda: buffer.address):
         with pytest.raises(ClosedError):
             call()
-    for child in (stream, buffer, host, loaded, on_socket):
+    for child in (stream, buffer, host, loaded, attached):
         child.close()
 
 
-def test_closing_is_bounded_whatever_the_streams_do(on_socket):
-    streams = [on_socket.create_stream() for _ in range(4)]
+def test_closing_is_bounded_whatever_the_streams_do(attached):
+    streams = [attached.create_stream() for _ in range(4)]
     for stream in streams:
         hold(stream)
     start = time.monotonic()
-    on_socket.close()
+    attached.close()
     assert time.monotonic() - start < 4
 
 
-def test_closing_ends_what_other_threads_wait_for(on_socket):
-    stream = on_socket.create_stream()
+def test_closing_ends_what_other_threads_wait_for(attached):
+    stream = attached.create_stream()
     hold(stream)
     ended = []
 
@@ -123,23 +123,23 @@ def test_closing_ends_what_other_threads_wait_for(on_socket):
             ended.append(call)
 
     threads = [threading.Thread(target=until_closed, args=(call,))
-               for call in (lambda: stream.synchronize(30), on_socket.counters, on_socket.faults)]
+               for call in (lambda: stream.synchronize(30), attached.counters, attached.faults)]
     for thread in threads:
         thread.start()
     time.sleep(0.05)
-    on_socket.close()
+    attached.close()
     for thread in threads:
         thread.join(3)
     assert len(ended) == 3
 
 
-def test_time_outs_are_bounded(on_socket):
-    with on_socket.create_stream() as stream:
+def test_time_outs_are_bounded(attached):
+    with attached.create_stream() as stream:
         for bad in (float("inf"), float("nan"), -1, 1e10):
             with pytest.raises(InvalidArgument, match="a time-out is 0 to"):
                 stream.synchronize(bad)
             with pytest.raises(InvalidArgument, match="a time-out is 0 to"):
-                on_socket.create_stream(timeout=bad)
+                attached.create_stream(timeout=bad)
 
 
 def test_a_reset_device_starts_anew(device):
@@ -162,16 +162,17 @@ def test_a_reset_device_starts_anew(device):
     host.close()
 
 
-def test_things_nobody_closed_warn_and_are_given_back(on_socket):
-    for make, text in [(lambda: on_socket.allocate(64), "a buffer of 64 bytes"),
-                       (lambda: on_socket.allocate_host(64), "a host buffer of 64 bytes"),
-                       (lambda: on_socket.load(tiny_program.image(8)), "a program")]:
+def test_things_nobody_closed_warn_and_are_given_back(attached):
+    for make, text in [(lambda: attached.allocate(64), "a buffer of 64 bytes"),
+                       (lambda: attached.allocate_host(64), "a host buffer of 64 bytes"),
+                       (lambda: attached.load(tiny_program.image(8)), "a program")]:
         with pytest.warns(ResourceWarning, match=f"{text} was not closed"):
             make()
             gc.collect()
-    assert on_socket.memory().used == 0
+    assert attached.memory().used == 0
 
 
+@pytest.mark.emulator_process
 def test_a_device_nobody_closed_warns_and_its_emulator_ends():
     device = maia_rt.open("emulated")
     pid = device.emulator_pid
@@ -189,6 +190,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.emulator_process
 def test_a_killed_emulator_ends_every_wait_at_once():
     device = maia_rt.open("emulated")
     streams = [device.create_stream() for _ in range(3)]
@@ -233,6 +235,7 @@ def test_a_killed_emulator_ends_every_wait_at_once():
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.emulator_process
 def test_a_killed_emulator_ends_a_copy(embedded):
     failed = []
 
@@ -255,6 +258,7 @@ def test_a_killed_emulator_ends_a_copy(embedded):
     assert failed
 
 
+@pytest.mark.emulator_process
 def test_an_emulator_that_hangs_is_given_up_at_the_deadline(embedded):
     stream = embedded.create_stream(timeout=0.3)
     hold(stream)
@@ -270,6 +274,7 @@ def test_an_emulator_that_hangs_is_given_up_at_the_deadline(embedded):
         stream.close()
 
 
+@pytest.mark.emulator_process
 def test_the_embedded_emulator_ends_with_its_owner():
     script = textwrap.dedent("""
         import maia_rt, os, signal
@@ -283,6 +288,7 @@ def test_the_embedded_emulator_ends_with_its_owner():
     assert eventually(lambda: not alive(pid), 2), "the emulator outlives its owner"
 
 
+@pytest.mark.emulator_process
 def test_a_program_that_forgets_to_close_ends_cleanly():
     script = textwrap.dedent("""
         import maia_rt
@@ -296,12 +302,12 @@ def test_a_program_that_forgets_to_close_ends_cleanly():
     assert time.monotonic() - start < 10
 
 
-def test_an_interrupt_ends_a_wait_and_leaves_the_device_usable():
-    script = textwrap.dedent("""
+def test_an_interrupt_ends_a_wait_and_leaves_the_device_usable(own_selector):
+    script = textwrap.dedent(f"""
         import maia_rt, signal, threading, os, time
         signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
         from tests.runtime.test_stream import hold, release
-        with maia_rt.open("emulated") as device, device.create_stream() as stream:
+        with maia_rt.open({own_selector!r}) as device, device.create_stream() as stream:
             hold(stream)
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
             start = time.monotonic()
@@ -342,6 +348,7 @@ def test_a_child_made_by_fork_gets_an_error_and_disturbs_nothing(device, stream)
     host.close()
 
 
+@pytest.mark.emulator_process
 def test_one_client_after_another(start_emulator):  # noqa: F811
     process, (path,) = start_emulator()
     for value in range(3):
@@ -388,6 +395,7 @@ def test_devices_are_listed_and_filtered(monkeypatch):
         maia_rt.devices()
 
 
+@pytest.mark.emulator_process
 def test_without_a_selector_the_first_visible_device_is_opened(monkeypatch):
     monkeypatch.setenv("MAIA_VISIBLE_DEVICES", "emulated")
     with maia_rt.open() as device:

@@ -10,6 +10,8 @@ from maia_rt.contract.registers import BAR0
 from maia_rt.errors import ContractMismatch, DeviceLost, FirmwareError
 from maia_rt.firmware import Firmware
 
+pytestmark = pytest.mark.emulator_process
+
 
 class Served:
     """A device on a socket, served by threads of this process."""

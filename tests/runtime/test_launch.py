@@ -60,9 +60,9 @@ def test_programs_are_mappings_of_kernels(device):
             loaded["third"]
 
 
-def test_a_wrong_launch_is_refused_and_nothing_is_submitted(device, stream, axpy):
+def test_a_wrong_launch_is_refused_and_nothing_is_submitted(device, stream, axpy, other_device):
     with device.allocate(COUNT, np.float32) as good, device.allocate(4 * COUNT + 64) as raw, \
-            maia_rt.open("emulated") as other, other.allocate(COUNT, np.float32) as foreign:
+            other_device.allocate(COUNT, np.float32) as foreign:
         closed = device.allocate(COUNT, np.float32)
         closed.close()
         cases = [
@@ -111,9 +111,9 @@ def test_a_program_closed_while_its_kernel_waits_still_runs_it(device, stream):
         assert (out.copy_to_host(stream) == 3).all()
 
 
-def test_a_kernel_of_another_device_is_refused(device, stream):
-    with maia_rt.open("emulated") as other, other.load(tiny_program.image(8)) as loaded, \
-            other.allocate(8, np.float32) as x, pytest.raises(InvalidArgument, match="another device"):
+def test_a_kernel_of_another_device_is_refused(device, stream, other_device):
+    with other_device.load(tiny_program.image(8)) as loaded, \
+            other_device.allocate(8, np.float32) as x, pytest.raises(InvalidArgument, match="another device"):
         stream.launch(loaded["axpy"], x, x, x, 1.0)
 
 

@@ -65,13 +65,13 @@ def test_query_and_synchronize(device, stream):
     assert stream.query()
 
 
-def test_a_timeout_says_what_the_stream_is_at(on_socket):
-    with on_socket.create_stream() as stream:
+def test_a_timeout_says_what_the_stream_is_at(attached):
+    with attached.create_stream() as stream:
         hold(stream)
         with pytest.raises(DeviceTimeout, match=r"queue 0: command 1 was not done within 0.01 s; the device is at "
                                                 r"command 1: NOP .*pre=\[#1000==1\]"):
             stream.synchronize(0.01)
-        release(on_socket)
+        release(attached)
 
 
 def test_an_event_lets_one_stream_wait_for_another(device, stream):
@@ -100,10 +100,10 @@ def test_a_wait_for_what_is_done_costs_no_command(device, stream):
         assert second.statistics().submitted == 0
 
 
-def test_streams_pass_a_token_round(on_socket):
+def test_streams_pass_a_token_round(attached):
     count, rounds = 8, 40
-    streams = [on_socket.create_stream() for _ in range(count)]
-    with on_socket.allocate(4 * (count * rounds + 1)) as buffer:
+    streams = [attached.create_stream() for _ in range(count)]
+    with attached.allocate(4 * (count * rounds + 1)) as buffer:
         hold(streams[0])
         streams[0].fill(buffer[:4], 1, 4)
         for i in range(count * rounds):
@@ -111,8 +111,8 @@ def test_streams_pass_a_token_round(on_socket):
             following = streams[(i + 1) % count]
             following.wait(event)
             following.copy(buffer[4 * i + 4: 4 * i + 8], buffer[4 * i: 4 * i + 4])
-        release(on_socket)
-        on_socket.synchronize()
+        release(attached)
+        attached.synchronize()
         assert (buffer.copy_to_host().view(np.uint32) == 1).all()
     for stream in streams:
         stream.close()
@@ -130,8 +130,8 @@ def test_timed_events_measure_device_time(device, stream):
             _ = stream.record() - start
 
 
-def test_more_timed_events_than_the_report_ring_holds(on_socket):
-    with on_socket.create_stream(entries=4) as stream:
+def test_more_timed_events_than_the_report_ring_holds(attached):
+    with attached.create_stream(entries=4) as stream:
         events = [stream.record(timing=True) for _ in range(100)]
         times = [event.time_ns for event in events]
         assert times == sorted(times)
@@ -139,8 +139,8 @@ def test_more_timed_events_than_the_report_ring_holds(on_socket):
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 3, 2**32 - 1, 2**48])
-def test_a_short_ring_wraps_and_so_do_its_indices(on_socket, first):
-    with on_socket.create_stream(entries=4, first_index=first) as stream, on_socket.allocate(4) as buffer:
+def test_a_short_ring_wraps_and_so_do_its_indices(attached, first):
+    with attached.create_stream(entries=4, first_index=first) as stream, attached.allocate(4) as buffer:
         events = []
         for value in range(50):
             stream.fill(buffer, value, 4)
@@ -151,9 +151,9 @@ def test_a_short_ring_wraps_and_so_do_its_indices(on_socket, first):
         assert stream.queue.ring.head == first + 51
 
 
-def test_waits_between_streams_pass_2_to_the_32(on_socket):
-    with on_socket.create_stream(first_index=2**32 - 2) as first, on_socket.create_stream() as second, \
-            on_socket.allocate(4) as buffer:
+def test_waits_between_streams_pass_2_to_the_32(attached):
+    with attached.create_stream(first_index=2**32 - 2) as first, attached.create_stream() as second, \
+            attached.allocate(4) as buffer:
         hold(first)
         for value in range(6):
             first.fill(buffer, value, 4)
@@ -161,13 +161,13 @@ def test_waits_between_streams_pass_2_to_the_32(on_socket):
         mark = second.record()
         time.sleep(0.02)
         assert not mark.query()
-        release(on_socket)
+        release(attached)
         mark.synchronize()
         assert first.query()
 
 
-def test_a_full_stream_makes_the_program_wait_until_its_deadline(on_socket):
-    with on_socket.create_stream(entries=4, timeout=0.2) as stream, on_socket.allocate(4) as buffer:
+def test_a_full_stream_makes_the_program_wait_until_its_deadline(attached):
+    with attached.create_stream(entries=4, timeout=0.2) as stream, attached.allocate(4) as buffer:
         hold(stream)
         for _ in range(3):
             stream.fill(buffer, 1)
@@ -175,7 +175,7 @@ def test_a_full_stream_makes_the_program_wait_until_its_deadline(on_socket):
         with pytest.raises(QueueFull, match=r"queue 0: the ring's 4 entries stayed full for 0.2 s"):
             stream.fill(buffer, 1)
         assert 0.15 < time.monotonic() - start < 1.5
-        release(on_socket)
+        release(attached)
         stream.fill(buffer, 1)
 
 
@@ -205,12 +205,12 @@ def test_many_threads_share_a_stream(device, stream):
         assert stream.statistics().completed == stream.statistics().submitted == 2 * threads * each
 
 
-def test_a_thread_for_each_stream(on_socket):
+def test_a_thread_for_each_stream(attached):
     failures = []
 
     def work(number):
         try:
-            with on_socket.create_stream() as stream, on_socket.allocate(100_000) as buffer:
+            with attached.create_stream() as stream, attached.allocate(100_000) as buffer:
                 for i in range(10):
                     data = np.full(100_000, number + i, np.uint8)
                     stream.copy(buffer, data)
@@ -239,24 +239,24 @@ def test_streams_run_out_and_come_back(device):
 
 
 @pytest.mark.parametrize("entries", [0, 1, 2, 3, 6, 1 << 16, 1 << 20])
-def test_a_stream_of_no_legal_length_is_refused(on_socket, entries):
+def test_a_stream_of_no_legal_length_is_refused(attached, entries):
     with pytest.raises(InvalidArgument, match="power of two of entries"):
-        on_socket.create_stream(entries=entries)
+        attached.create_stream(entries=entries)
 
 
-def test_a_new_stream_on_a_used_queue_disturbs_no_waiter(on_socket):
-    with on_socket.create_stream() as waiter, on_socket.allocate(64) as buffer:
-        signaller = on_socket.create_stream()
+def test_a_new_stream_on_a_used_queue_disturbs_no_waiter(attached):
+    with attached.create_stream() as waiter, attached.allocate(64) as buffer:
+        signaller = attached.create_stream()
         hold(waiter)
-        hold_signaller = on_socket.create_event()
+        hold_signaller = attached.create_event()
         signaller.fill(buffer, 1)
         signaller.record(hold_signaller)
         number, sequence = signaller.queue.id, signaller.queue.ring.head
         waiter.queue.submit_wait(number, sequence)
         signaller.close()
-        with on_socket.create_stream() as successor:
+        with attached.create_stream() as successor:
             assert successor.queue.id == number
-            release(on_socket)
+            release(attached)
             waiter.synchronize(5)
 
 
@@ -307,8 +307,8 @@ def test_one_streams_fault_is_that_streams_alone(device, stream):
     assert other.closed
 
 
-def test_waiting_threads_hear_of_a_fault_at_once(on_socket):
-    stream = on_socket.create_stream()
+def test_waiting_threads_hear_of_a_fault_at_once(attached):
+    stream = attached.create_stream()
     hold(stream)
     break_down(stream)
     events = [stream.record() for _ in range(3)]
@@ -325,7 +325,7 @@ def test_waiting_threads_hear_of_a_fault_at_once(on_socket):
         thread.start()
     time.sleep(0.05)
     start = time.monotonic()
-    release(on_socket)
+    release(attached)
     for thread in threads:
         thread.join()
     assert time.monotonic() - start < 2
@@ -334,9 +334,9 @@ def test_waiting_threads_hear_of_a_fault_at_once(on_socket):
     stream.close()
 
 
-def test_submitted_is_completed_plus_failed_plus_aborted(on_socket):
-    stream = on_socket.create_stream()
-    with on_socket.allocate(64) as buffer:
+def test_submitted_is_completed_plus_failed_plus_aborted(attached):
+    stream = attached.create_stream()
+    with attached.allocate(64) as buffer:
         for _ in range(5):
             stream.fill(buffer, 1)
         hold(stream)
@@ -344,7 +344,7 @@ def test_submitted_is_completed_plus_failed_plus_aborted(on_socket):
         lost = [stream.record() for _ in range(3) if stream.fill(buffer, 1) is None]
         early = stream.statistics()
         assert early.submitted == early.completed + early.failed + early.aborted + early.in_flight == 10
-        release(on_socket)
+        release(attached)
         with pytest.raises(DeviceFault):
             stream.synchronize()
         stopped = stream.statistics()
@@ -362,8 +362,8 @@ def test_submitted_is_completed_plus_failed_plus_aborted(on_socket):
         assert stream.statistics() == after
 
 
-def test_a_stream_that_never_ends_is_closed_at_its_deadline(on_socket):
-    stream = on_socket.create_stream(timeout=0.1)
+def test_a_stream_that_never_ends_is_closed_at_its_deadline(attached):
+    stream = attached.create_stream(timeout=0.1)
     hold(stream)
     event = stream.record()
     start = time.monotonic()
@@ -378,11 +378,11 @@ def test_a_stream_that_never_ends_is_closed_at_its_deadline(on_socket):
     assert (final.submitted, final.aborted) == (1, 1)
 
 
-def test_a_closed_stream_says_so(on_socket):
-    stream = on_socket.create_stream()
+def test_a_closed_stream_says_so(attached):
+    stream = attached.create_stream()
     event = stream.record()
     stream.close()
-    with on_socket.allocate(4) as buffer:
+    with attached.allocate(4) as buffer:
         for call in (lambda: stream.fill(buffer, 1), lambda: stream.copy(buffer, bytes(4)), stream.synchronize,
                      stream.query, stream.record, lambda: stream.wait(event),
                      lambda: stream.copy(bytearray(4), buffer)):
@@ -392,29 +392,29 @@ def test_a_closed_stream_says_so(on_socket):
     event.synchronize()
 
 
-def test_a_stream_nobody_closed_warns_and_gives_its_queue_back(on_socket):
-    stream = on_socket.create_stream()
+def test_a_stream_nobody_closed_warns_and_gives_its_queue_back(attached):
+    stream = attached.create_stream()
     number = stream.queue.id
     with pytest.warns(ResourceWarning, match="a stream was not closed"):
         del stream
-    with on_socket.create_stream() as again:
+    with attached.create_stream() as again:
         assert again.queue.id == number
 
 
-def test_the_watchdog_feature_is_reachable(on_socket):
-    assert on_socket._firmware.get_feature(Feature.WATCHDOG_MS) == 10_000
-    on_socket._firmware.set_feature(Feature.WATCHDOG_MS, 5)
-    assert on_socket._firmware.get_feature(Feature.WATCHDOG_MS) == 5
+def test_the_watchdog_feature_is_reachable(attached):
+    assert attached._firmware.get_feature(Feature.WATCHDOG_MS) == 10_000
+    attached._firmware.set_feature(Feature.WATCHDOG_MS, 5)
+    assert attached._firmware.get_feature(Feature.WATCHDOG_MS) == 5
 
 
-def test_a_command_can_be_aborted(on_socket):
-    stream = on_socket.create_stream()
+def test_a_command_can_be_aborted(attached):
+    stream = attached.create_stream()
     hold(stream)
     time.sleep(0.01)
-    on_socket._firmware.abort(stream.queue.id, 1)
+    attached._firmware.abort(stream.queue.id, 1)
     with pytest.raises(DeviceFault, match="ABORTED"):
         stream.synchronize()
     stream.reset()
     with pytest.raises(InvalidArgument, match="ABORT was refused: NOT_FOUND"):
-        on_socket._firmware.abort(stream.queue.id, 1)
+        attached._firmware.abort(stream.queue.id, 1)
     stream.close()
