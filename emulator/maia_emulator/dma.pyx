@@ -170,24 +170,33 @@ cdef class DmaTable:
             pthread_rwlock_unlock(&self.lock)
 
     def unmap(self, uint64_t iova, uint64_t size):
-        """Remove exactly one mapping, once no engine touches it.
+        """Remove every mapping that lies in a range, once no engine touches any.
+
+        The vfio-user text wants one mapping, matched exactly. The kernel's type1 takes any number that lie wholly in
+        the range, and QEMU counts on that: where a guest takes 2 MiB of 4 KiB pages back, it sends one unmap. Refused,
+        the old mappings would stay, and DMA would go where it must not.
 
         Raises
         ------
         OSError
-            ENOENT where no mapping has exactly this address and size.
+            ENOENT where no mapping lies in the range, or one does so in part only; nothing is removed then.
         """
-        cdef size_t at = self.position(iova)
-        cdef int file
-        if at == self.count or self.mappings[at].iova != iova or self.mappings[at].size != size:
-            raise OSError(errno.ENOENT, f"no DMA mapping is {iova:#x} + {size:#x}")
+        cdef uint64_t last = iova + size - 1
+        cdef size_t first = self.position(iova)
+        cdef size_t end = first
+        cdef size_t i
+        while end < self.count and self.mappings[end].iova + self.mappings[end].size - 1 <= last:
+            end += 1
+        if (size == 0 or last < iova or first == end or (end < self.count and self.mappings[end].iova <= last)
+                or (first > 0 and self.mappings[first - 1].iova + self.mappings[first - 1].size > iova)):
+            raise OSError(errno.ENOENT, f"no DMA mappings are {iova:#x} + {size:#x}")
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
-            file = self.mappings[at].file
-            memmove(&self.mappings[at], &self.mappings[at + 1], (self.count - at - 1) * sizeof(mapping_t))
-            self.count -= 1
+            for i in range(first, end):
+                self.drop(self.mappings[i].file)
+            memmove(&self.mappings[first], &self.mappings[end], (self.count - end) * sizeof(mapping_t))
+            self.count -= end - first
             self.generation += 1
-            self.drop(file)
             pthread_rwlock_unlock(&self.lock)
 
     def unmap_all(self):
