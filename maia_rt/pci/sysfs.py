@@ -148,6 +148,11 @@ def directory(address: PciAddress, *, root: Path = ROOT) -> Path:
     return root / "devices" / str(address)
 
 
+def driver(address: PciAddress, *, root: Path = ROOT) -> str | None:
+    """Name the kernel driver bound to a function, None where there is none."""
+    return _link(directory(address, root=root) / "driver")
+
+
 def group_members(address: PciAddress, *, root: Path = ROOT) -> list[PciAddress]:
     """Return every function of `address`'s IOMMU group, itself included: they can only be given away together."""
     try:

@@ -1,12 +1,13 @@
-"""The ``maia`` command: it starts at once, fails in one sentence, and its exit code says how."""
+"""The ``maia`` command: it starts at once, fails in three lines, and its exit code says how."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from maia_tools import cli
+from maia_tools import cli, failure
 
 from maia_rt import errors
 
@@ -32,9 +33,28 @@ def test_every_listed_command_can_be_imported_and_has_help(maia):
     (errors.DeviceNotFound("x"), 3), (errors.DeviceBusy("x"), 3), (errors.DevicePermission("x"), 4),
     (errors.DeviceFault(10, device="d", queue=0, sequence=1), 5), (errors.DeviceLost("x"), 5),
     (errors.DeviceTimeout("x"), 6), (errors.InvalidArgument("x"), 2), (errors.MaiaError("x"), 1),
+    (errors.Unsupported("x"), 1), (errors.TransportError("x", errno=errno.EPERM), 4),
+    (errors.TransportError("x", errno=errno.EIO), 1), (PermissionError(errno.EACCES, "x"), 4), (OSError("x"), 1),
+    (ZeroDivisionError("x"), 1),
 ])
 def test_exit_codes_say_what_failed(error, code):
-    assert cli.exit_code(error) == code
+    assert failure.exit_code(error) == code
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values()
+                                  if isinstance(kind, type) and issubclass(kind, errors.MaiaError)
+                                  and kind is not errors.DeviceFault])
+def test_every_error_has_three_parts_and_its_own_come_first(kind):
+    assert failure.explain(kind("what", cause="why", hint="do")) == ("what", "why", "do")
+    assert all(failure.explain(kind("what")))
+
+
+def test_errors_of_python_have_three_parts_too():
+    what, cause, hint = failure.explain(FileNotFoundError(errno.ENOENT, "x", "/no/such"))
+    assert what == "/no/such: No such file or directory"
+    assert cause
+    assert hint
+    assert "bug" in failure.explain(ZeroDivisionError("division by zero"))[1]
 
 
 def test_unknown_commands_and_options_are_usage_errors(maia):
@@ -43,11 +63,29 @@ def test_unknown_commands_and_options_are_usage_errors(maia):
     assert maia("reg", "read", "NO_SUCH_REGISTER").returncode == 2
 
 
-def test_a_failure_is_one_sentence_on_stderr_and_a_traceback_only_with_debug(maia):
-    done = maia("reg", "read", "NO_SUCH_REGISTER")
+def three_lines(text):
+    """The parts of a failure."""
+    lines = text.splitlines()
+    assert len(lines) == 3, text
+    assert lines[0].startswith("maia: ")
+    assert lines[1].startswith("  cause: ")
+    assert lines[2].startswith("  try: ")
+    return [line.split(": ", 1)[1] for line in lines]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (["reg", "read", "NO_SUCH_REGISTER"], 2), (["frobnicate"], 2), (["reg", "ls", "--frobnicate"], 2), (["bind"], 2),
+    (["info", "--device", "/no/such/socket"], 3), (["info", "--device", "99"], 3), (["bind", "nonsense"], 2),
+    (["release", "ffff:ff:1f.7"], 3), (["bind", "--driver", "a/b", "ffff:ff:1f.7"], 2), (["--frobnicate"], 2),
+])
+def test_a_failure_is_three_lines_on_stderr(maia, arguments, code):
+    done = maia(*arguments)
+    assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("maia: ")
-    assert done.stderr.count("\n") == 1
+    assert all(three_lines(done.stderr))
+
+
+def test_a_traceback_comes_only_with_debug(maia):
     assert "Traceback" in maia("--debug", "reg", "read", "NO_SUCH_REGISTER").stderr
 
 

@@ -1,6 +1,7 @@
-"""``maia``: the commands, and what a failure prints and returns.
+"""``maia``: the commands.
 
-Exit codes: 0 ok, 1 a check failed, 2 usage, 3 no device, 4 permission, 5 device fault, 6 timeout, 130 interrupted.
+Exit codes: 0 ok, 1 a check failed or the request cannot be met, 2 usage, 3 no such device or it is busy, 4 permission,
+5 device fault or device lost, 6 timeout, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from maia_tools.failure import FAILED, INTERRUPTED, OK, exit_code, explain, explain_usage, print_failure
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-OK, FAILED, USAGE, NO_DEVICE, PERMISSION, FAULT, TIMEOUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
-
 COMMANDS: dict[str, tuple[str, str]] = {
+    "ls": ("maia_tools.binding:list_functions", "List PCI functions: driver, IOMMU group, whether each can be bound."),
+    "bind": ("maia_tools.binding:bind", "Take PCI functions for a program to drive them through VFIO."),
+    "release": ("maia_tools.binding:release", "Give PCI functions back to the drivers they had."),
     "info": ("maia_tools.info:info", "Show the devices: identity, capabilities, BARs, queues."),
     "reg": ("maia_tools.registers:reg", "List, read and write registers by name."),
     "emulate": ("maia_tools.emulate:emulate", "Serve an emulated device on a vfio-user socket."),
@@ -67,27 +71,6 @@ def maia(ctx: click.Context, debug: bool) -> None:
     ctx.meta["maia.debug"] = debug
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code that stands for an error."""
-    from maia_rt import errors
-
-    codes: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], int], ...] = (
-        ((errors.DeviceNotFound, errors.DeviceBusy), NO_DEVICE),
-        (PermissionError, PERMISSION),
-        ((errors.DeviceFault, errors.DeviceLost), FAULT),
-        (errors.DeviceTimeout, TIMEOUT),
-        ((errors.InvalidArgument, errors.InvalidType), USAGE),
-    )
-    for kinds, code in codes:
-        if isinstance(error, kinds):
-            return code
-    return FAILED
-
-
-def _say(text: str) -> None:
-    click.echo(f"maia: {' '.join(text.split())}", err=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``maia`` and return its exit code; the entry point of the ``maia`` script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -98,28 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = maia.main(arguments, prog_name="maia", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Abort:
-        _say("interrupted")
+        click.echo("maia: interrupted", err=True)
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        print_failure(*explain_usage(error))
         return error.exit_code
     except KeyboardInterrupt:
         if debug:
             raise
-        _say("interrupted")
+        click.echo("maia: interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone: nothing is left to say, and Python's flush at exit must not try.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        # Any error ends as one sentence and a code; --debug shows where it came from.
+        # Any error ends as three lines and a code; --debug shows where it came from.
         if debug:
             raise
-        from maia_rt.errors import MaiaError
-
-        known = isinstance(error, (MaiaError, OSError))
-        _say(str(error) if known else f"{type(error).__name__}: {error} (a bug; --debug shows where)")
+        print_failure(*explain(error))
         return exit_code(error)
     return result if isinstance(result, int) else OK
 
