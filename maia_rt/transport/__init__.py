@@ -5,6 +5,7 @@ from maia_rt.transport.bar import Bar
 from maia_rt.transport.config_space import ConfigSpace
 from maia_rt.transport.interrupts import Interrupts
 from maia_rt.transport.opening import open_device
+from maia_rt.transport.polling import poll_until
 from maia_rt.transport.protocol import Access, DeviceInfo, DmaMemory, IrqInfo, RegionInfo, Transport
 from maia_rt.transport.uapi import PciIrq, PciRegion
 
@@ -22,4 +23,5 @@ __all__ = [
     "SharedWords",
     "Transport",
     "open_device",
+    "poll_until",
 ]

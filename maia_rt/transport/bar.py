@@ -3,17 +3,17 @@ transport."""
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from types import TracebackType
 from typing import Final
 
 from maia_rt._fast.words import SharedWords
-from maia_rt.errors import ClosedError, DeviceLost, DeviceTimeout, InvalidArgument, Unsupported
+from maia_rt.errors import ClosedError, DeviceLost, InvalidArgument, Unsupported
+from maia_rt.transport.polling import poll_until
 from maia_rt.transport.protocol import Transport
 from maia_rt.transport.uapi import PciRegion
 
 _CONFIG_VENDOR: Final = 0
-_LONGEST_PAUSE: Final = 0.01
 
 
 class Bar:
@@ -150,29 +150,19 @@ class Bar:
         Raises
         ------
         DeviceTimeout
-            The deadline passed.
+            The deadline passed; see :func:`poll_until`.
         DeviceLost
             It reads as all ones, and so does configuration space.
         """
-        if value & ~mask:
-            raise InvalidArgument(f"{self.name}: {value:#x} has bits outside the mask {mask:#x}: it cannot be read")
-        deadline = time.monotonic() + timeout
-        pause = 1e-6
-        while True:
-            last_look = time.monotonic() >= deadline
-            got = self.read32(offset)
-            if got == 0xFFFFFFFF:
-                self.check_alive()
-            if got & mask == value:
-                return got
-            if last_look:
-                register = f"{what} (the register at {offset:#x})" if what else f"the register at {offset:#x}"
-                raise DeviceTimeout(
-                    f"{self.name}: {register} reads {got:#010x} after {timeout:g} s; waited for {value:#x} in the bits "
-                    f"{mask:#x}", cause="the device is busy for longer, hangs, or was not told to begin",
-                    hint="reset the device, or give it more time")
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        register = f"{what}, the register at {offset:#x}," if what else f"the register at {offset:#x}"
+        return poll_until(partial(self._read_alive, offset), mask=mask, value=value, timeout=timeout,
+                          what=f"{self.name}: {register}")
+
+    def _read_alive(self, offset: int) -> int:
+        value = self.read32(offset)
+        if value == 0xFFFFFFFF:
+            self.check_alive()
+        return value
 
     def check_alive(self) -> None:
         """Raise DeviceLost where configuration space reads as all ones: the link is down or the device in reset."""
