@@ -173,14 +173,15 @@ class Bar:
                              hint="look at the slot, rescan the bus, then open the device anew")
 
     def _find(self, offset: int, width: int) -> tuple[SharedWords | None, int]:
+        """Return the mapped area that has the register, None for the transport, and the offset there."""
+        if offset % width:
+            raise InvalidArgument(f"{self.name}: {width} bytes at {offset:#x} are not aligned",
+                                  hint="access them at a multiple of their width, or in narrower pieces")
         for start, end, words in self._areas:
             if start <= offset < end:
                 return words, offset - start
         if self._closed:
             raise ClosedError(f"{self.name} has been closed")
-        if offset % width:
-            raise InvalidArgument(f"{self.name}: {width} bytes at {offset:#x} are not aligned",
-                                  hint="access them at a multiple of their width, or in narrower pieces")
         return None, offset
 
     @property

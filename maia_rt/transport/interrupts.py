@@ -16,7 +16,7 @@ from maia_rt.transport import fork
 from maia_rt.transport.protocol import Transport
 from maia_rt.transport.uapi import PciIrq
 
-_KINDS: Final = (PciIrq.MSIX, PciIrq.MSI, PciIrq.INTX)
+_BEST_FIRST: Final = (PciIrq.MSIX, PciIrq.MSI, PciIrq.INTX)
 
 
 class Interrupts:
@@ -56,13 +56,13 @@ class Interrupts:
         self._fds: list[int] = []
         if count < 1:
             raise InvalidArgument(f"{transport.name}: {count} vectors were asked for; there is vector 0 at least")
-        have = {one: transport.irqs[one].count if one < len(transport.irqs) else 0 for one in _KINDS}
+        have = {one: transport.irqs[one].count for one in PciIrq if one < len(transport.irqs)}
         if kind is None:
-            kind = next((one for one in _KINDS if have[one] >= count), None)
+            kind = next((one for one in _BEST_FIRST if have.get(one, 0) >= count), None)
         if kind is None or have.get(kind, 0) < count:
             wanted = f"{count} {'' if kind is None else kind.name + ' '}vector{'s' * (count > 1)}"
             raise Unsupported(f"{transport.name}: the device has not the {wanted} asked for",
-                              cause="it has " + ", ".join(f"{n} {one.name}" for one, n in have.items()),
+                              cause="it has " + ", ".join(f"{have.get(one, 0)} of {one.name}" for one in _BEST_FIRST),
                               hint="ask for fewer vectors, or poll")
         self._transport = transport
         self.kind = kind
