@@ -6,24 +6,22 @@ import errno
 import fcntl
 import logging
 import os
-import select
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from maia_emulator.function import Function
 from maia_emulator.session import Session
+from maia_emulator.waiting_clients import WaitingClients
 
 log = logging.getLogger(__name__)
 
 SUN_PATH_BYTES: Final = 108
 """sockaddr_un.sun_path, with its NUL."""
 BACKLOG: Final = 128
-RETRY_SECONDS: Final = 0.1
 
 
 class ServerError(Exception):
@@ -130,7 +128,7 @@ class Server:
         self._function = function
         self._listening = listening
         self._ended = ended
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._waiting: WaitingClients | None = None
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._stopping = False
@@ -138,6 +136,8 @@ class Server:
 
     def start(self) -> None:
         """Start serving."""
+        if isinstance(self._listening, ListeningSocket):
+            self._waiting = WaitingClients(self._listening.socket, self._listening.path)
         self._thread.start()
 
     def stop(self) -> None:
@@ -146,40 +146,22 @@ class Server:
             self._stopping = True
             if self._session is not None:
                 self._session.stop()
-        os.eventfd_write(self._stop_fd, 1)
+        if self._waiting is not None:
+            self._waiting.stop()
         if self._thread.ident is not None:
             self._thread.join()
         self._listening.close()
         self._function.close()
-        os.close(self._stop_fd)
 
     def _run(self) -> None:
         try:
-            if isinstance(self._listening, ListeningSocket):
-                while self._accept(self._listening):
-                    pass
-            else:
+            if isinstance(self._listening, socket.socket):
                 self._serve(self._listening, "client")
+            elif self._waiting is not None:
+                while (client := self._waiting.next()) is not None:
+                    self._serve(client, self._listening.path)
         finally:
             self._ended()
-
-    def _accept(self, listening: ListeningSocket) -> bool:
-        """Serve the next client; False where the server stops."""
-        ready = select.poll()
-        ready.register(listening.socket, select.POLLIN)
-        ready.register(self._stop_fd, select.POLLIN)
-        ready.poll()
-        if self._stopping:
-            return False
-        try:
-            client, _ = listening.socket.accept()
-        except OSError as error:
-            # The client gave up already, or descriptors ran out: the next one may have more luck.
-            log.warning("%s: accept: %s", listening.path, error)
-            time.sleep(RETRY_SECONDS)
-            return True
-        self._serve(client, listening.path)
-        return not self._stopping
 
     def _serve(self, client: socket.socket, name: str) -> None:
         session = Session(self._function, client, name)

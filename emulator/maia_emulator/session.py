@@ -6,6 +6,7 @@ kernel's VFIO decides.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -98,7 +99,7 @@ class Session:
                 connection.shut_down()
                 thread.join()
                 sock.close()
-            self._sock.close()
+            close_drained(self._sock)
 
     def stop(self) -> None:
         """Make `run` return soon, from any thread."""
@@ -304,6 +305,18 @@ class Session:
         except (EOFError, OSError) as error:
             log.debug("%s: twin socket: %s", self._name, error)
         connection.shut_down()
+
+
+def close_drained(client: socket.socket) -> None:
+    """Close a socket so that its client reads the end of the stream, and what was sent before.
+
+    A socket that is closed with unread bytes resets the connection instead, and QEMU 11 aborts when it meets that.
+    """
+    with client, contextlib.suppress(OSError):
+        client.setblocking(False)
+        client.shutdown(socket.SHUT_RDWR)
+        while client.recv(1 << 16):
+            pass
 
 
 def _unpack(layout: struct.Struct, body: bytes, longer: bool = False) -> tuple[int, ...]:
