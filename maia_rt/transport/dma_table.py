@@ -24,12 +24,15 @@ class DmaTable:
         How many mappings the device takes.
     page_size : int
         The smallest page, in bytes.
+    limit : str
+        What sets `max_maps`, for error texts.
     """
 
-    def __init__(self, name: str, max_maps: int, page_size: int) -> None:
+    def __init__(self, name: str, max_maps: int, page_size: int, *, limit: str = "the server") -> None:
         self._name = name
         self._max_maps = max_maps
         self._page_size = page_size
+        self._limit = limit
         self._starts: list[int] = []
         self._entries: list[tuple[int, memoryview, Access]] = []
 
@@ -51,7 +54,7 @@ class DmaTable:
                 f"{memory.address:#x} must be multiples of the page size {page:#x}")
         if len(self._starts) >= self._max_maps:
             raise MemlockLimit(f"{self._name}: all {self._max_maps} DMA mappings are in use",
-                               hint="map fewer, larger regions")
+                               cause=f"the limit is set by {self._limit}", hint="map fewer, larger regions")
         at = bisect.bisect_left(self._starts, iova + size)
         if at and self._starts[at - 1] + self._entries[at - 1][0] > iova:
             raise InvalidArgument(

@@ -7,70 +7,69 @@ the kernel's Documentation/driver-api/vfio.rst.
 
 from __future__ import annotations
 
-import array
+import contextlib
 import ctypes
 import errno
 import functools
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any
 
-from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, TransportError, Unsupported
+from maia_rt.errors import InvalidArgument, MaiaError, TransportError, Unsupported
 from maia_rt.pci import sysfs
 from maia_rt.pci.address import PciAddress
-from maia_rt.pci.config import set_bus_master
+from maia_rt.pci.config import COMMAND, COMMAND_MEMORY, set_bus_master
 from maia_rt.transport import fork, uapi, wire
 from maia_rt.transport import kernel_uapi as k
 from maia_rt.transport.dma_table import DmaTable
-from maia_rt.transport.kernel_ioctl import call, refusal
-from maia_rt.transport.kernel_iommu import Iommu, open_iommu
+from maia_rt.transport.kernel_interface import Interface, open_iommu
+from maia_rt.transport.kernel_interrupts import KernelInterrupts
+from maia_rt.transport.kernel_ioctl import call
+from maia_rt.transport.kernel_iommu import TURN_ON, Iommu
+from maia_rt.transport.kernel_notices import Notices
+from maia_rt.transport.kernel_registers import KernelRegisters
+from maia_rt.transport.kernel_reset import AffectedFunction, hot_reset, hot_reset_info
 from maia_rt.transport.mapping import RegionMaps, region_info
-from maia_rt.transport.protocol import (
-    Access,
-    DeviceInfo,
-    DmaMemory,
-    IrqInfo,
-    RegionInfo,
-    check_access,
-    check_irq,
-)
+from maia_rt.transport.protocol import Access, DeviceInfo, DmaMemory, IrqInfo, RegionInfo
+from maia_rt.transport.uapi import PciIrq, PciRegion
 
 _log = logging.getLogger(__name__)
-_SIZES: Final = (1, 2, 4, 8)
 _MAX_REGION_INFO = 1 << 16
 
 
-class KernelDevice:
+class KernelDevice(KernelRegisters):
     """A function that the kernel's VFIO gives us; a :class:`maia_rt.transport.protocol.Transport`.
 
     Made by :meth:`open`. Methods that the protocol describes are described there.
     """
 
     def __init__(self, name: str, iommu: Iommu) -> None:
-        self._name = name
+        super().__init__(name, iommu.device_fd)
         self._iommu = iommu
-        self._fd = iommu.device_fd
-        self._lock = threading.RLock()
-        self._closed = self._forked = False
-        self._dma = DmaTable(name, iommu.max_dma_maps, iommu.page_sizes & -iommu.page_sizes)
+        self._release_requested = False
+        self._dma = DmaTable(name, iommu.max_dma_maps, iommu.page_sizes & -iommu.page_sizes, limit=iommu.dma_limit)
         self._maps = RegionMaps(name)
-        self._bases: list[int] = []
-        self._vectors: dict[int, list[int]] = {}
+        # Every descriptor, closed in the opposite order, here and in a forked child.
+        self._descriptors = contextlib.ExitStack()
+        self._descriptors.callback(iommu.close)
         fork.follow(self)
         try:
             self._discover()
+            self._interrupts = KernelInterrupts(name, self._irqs, self._call)
+            self._descriptors.callback(self._interrupts.close)
+            self._notices = Notices(self._irqs, self._interrupts.notify)
+            self._descriptors.callback(self._notices.close)
         except BaseException:
             self._closed = True
-            iommu.close()
+            self._descriptors.close()
             raise
 
     @classmethod
-    def open(cls, address: PciAddress | str, *, interface: Literal["group", "cdev"] | None = None,
+    def open(cls, address: PciAddress | str, *, interface: Interface | None = None,
              no_iommu: bool = False, dev: Path = Path("/dev"), root: Path = sysfs.ROOT) -> KernelDevice:
         """Open a PCI function that is bound to vfio-pci.
 
@@ -82,32 +81,38 @@ class KernelDevice:
             The group in a container (``/dev/vfio/N``), or the function's own node in an iommufd
             (``/dev/vfio/devices/vfioN`` and ``/dev/iommu``); by default the latter where the host has both its ends.
         no_iommu : bool
-            Open the function without an IOMMU, which lets it reach all memory of the host. Never the default.
+            Open a function that no IOMMU guards, with a RuntimeWarning: it then reaches all memory of the host. No
+            memory can be mapped for it; registers and interrupts work. Never the default.
         dev, root : Path
             Where the device nodes and sysfs are.
 
         Raises
         ------
+        InvalidArgument
+            It is not a PCI address.
         DeviceNotFound
             There is no such function, no VFIO on this host, or the function is not bound to vfio-pci.
         DeviceBusy
-            Another process, or a kernel driver, holds it or a function of its IOMMU group.
+            A process, or a kernel driver, holds it or a function of its IOMMU group.
         DevicePermission
             This user may not open its node.
         Unsupported
-            No IOMMU protects the host from it.
+            No IOMMU protects the host from it, or the kernel has not the interface asked for.
         TransportError
             The kernel refused; ``errno`` says why.
         """
         if isinstance(address, str):
             address = PciAddress.parse(address)
+        if no_iommu:
+            warnings.warn(f"{address} is opened without an IOMMU: it can read and write all of the host's memory",
+                          RuntimeWarning, stacklevel=2)
         return cls(str(address), open_iommu(address, interface=interface, no_iommu=no_iommu, dev=dev, root=root))
 
     # --- what the device is ------------------------------------------------------------------------------------------
 
     def _discover(self) -> None:
         info = k.VfioDeviceInfo(argsz=ctypes.sizeof(k.VfioDeviceInfo))
-        self._call(k.VFIO_DEVICE_GET_INFO, info, "VFIO_DEVICE_GET_INFO")
+        self._ioctl(k.VFIO_DEVICE_GET_INFO, info, "VFIO_DEVICE_GET_INFO")
         self._info = DeviceInfo(self._name, self._iommu.kind, info.flags, info.num_regions, info.num_irqs)
         self._regions = tuple(self._ask_region(index) for index in range(info.num_regions))
         self._irqs = tuple(self._ask_irq(index) for index in range(info.num_irqs))
@@ -119,7 +124,7 @@ class KernelDevice:
             info = k.VfioRegionInfo.from_buffer(buffer)
             info.argsz, info.index = room, index
             try:
-                self._call(k.VFIO_DEVICE_GET_REGION_INFO, buffer, f"VFIO_DEVICE_GET_REGION_INFO of region {index}")
+                self._ioctl(k.VFIO_DEVICE_GET_REGION_INFO, buffer, f"VFIO_DEVICE_GET_REGION_INFO of region {index}")
             except TransportError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -137,110 +142,26 @@ class KernelDevice:
     def _ask_irq(self, index: int) -> IrqInfo:
         info = k.VfioIrqInfo(argsz=ctypes.sizeof(k.VfioIrqInfo), index=index)
         try:
-            self._call(k.VFIO_DEVICE_GET_IRQ_INFO, info, f"VFIO_DEVICE_GET_IRQ_INFO of index {index}")
+            self._ioctl(k.VFIO_DEVICE_GET_IRQ_INFO, info, f"VFIO_DEVICE_GET_IRQ_INFO of index {index}")
         except TransportError as error:
             if error.errno != errno.EINVAL:
                 raise
             return IrqInfo(index, 0, 0)  # ERR on a conventional device
         return IrqInfo(index, info.count, info.flags)
 
-    @property
-    def name(self) -> str:
-        """The PCI address."""
-        return self._name
-
-    @property
-    def info(self) -> DeviceInfo:
-        """The device's flags and counts."""
-        return self._info
-
-    @property
-    def regions(self) -> Sequence[RegionInfo]:
-        """Every region, by index."""
-        return self._regions
-
-    def region(self, index: int) -> RegionInfo:
-        """Return one region."""
-        if not 0 <= index < len(self._regions):
-            raise InvalidArgument(f"{self._name}: there is no region {index}; the last is {len(self._regions) - 1}")
-        return self._regions[index]
-
-    @property
-    def irqs(self) -> Sequence[IrqInfo]:
-        """Every interrupt index."""
-        return self._irqs
-
-    # --- register access ---------------------------------------------------------------------------------------------
-
-    def read(self, region: int, offset: int, size: int) -> int:
-        """Read 1, 2, 4 or 8 bytes."""
-        self._check(region, offset, size, uapi.REGION_FLAG_READ)
-        return int.from_bytes(self._pread(region, offset, size), "little")
-
-    def write(self, region: int, offset: int, size: int, value: int, *, posted: bool = False) -> None:
-        """Write 1, 2, 4 or 8 bytes; the kernel posts nothing, so `posted` changes nothing."""
-        self._check(region, offset, size, uapi.REGION_FLAG_WRITE)
-        try:
-            data = value.to_bytes(size, "little")
-        except OverflowError:
-            raise InvalidArgument(f"{self._name}: {value!r} does not fit into {size} bytes") from None
-        self._pwrite(region, offset, data)
-
-    def read_bytes(self, region: int, offset: int, size: int) -> bytes:
-        """Read a block."""
-        self._check(region, offset, size, uapi.REGION_FLAG_READ, block=True)
-        return self._pread(region, offset, size)
-
-    def write_bytes(self, region: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write a block."""
-        view = memoryview(data).cast("B")
-        self._check(region, offset, len(view), uapi.REGION_FLAG_WRITE, block=True)
-        self._pwrite(region, offset, view)
-
-    def _check(self, region: int, offset: int, size: int, flag: int, *, block: bool = False) -> None:
-        self._check_open()
-        check_access(self._name, self._regions, region, offset=offset, size=size, flag=flag,
-                     sizes=() if block else _SIZES)
-
-    def _pread(self, region: int, offset: int, size: int) -> bytes:
-        parts: list[bytes] = []
-        with self._lock:
-            self._check_open()
-            done = 0
-            while done < size:
-                try:
-                    part = os.pread(self._fd, size - done, self._bases[region] + offset + done)
-                except OSError as error:
-                    what = f"reading {size} bytes at {offset:#x} of region {region}"
-                    raise refusal(error, f"{self._name}: {what}") from None
-                if not part:
-                    raise TransportError(f"{self._name}: only {done} of {size} bytes at {offset:#x} of region {region} "
-                                         "could be read", errno=errno.EIO)
-                parts.append(part)
-                done += len(part)
-        return b"".join(parts)
-
-    def _pwrite(self, region: int, offset: int, data: bytes | memoryview) -> None:
-        with self._lock:
-            self._check_open()
-            done = 0
-            while done < len(data):
-                try:
-                    count = os.pwrite(self._fd, data[done:], self._bases[region] + offset + done)
-                except OSError as error:
-                    what = f"writing {len(data)} bytes at {offset:#x} of region {region}"
-                    raise refusal(error, f"{self._name}: {what}") from None
-                if not count:
-                    raise TransportError(f"{self._name}: only {done} of {len(data)} bytes at {offset:#x} of region "
-                                         f"{region} could be written", errno=errno.EIO)
-                done += count
-
     def map(self, region: int, offset: int = 0, size: int | None = None) -> memoryview:
         """Map a part of a region."""
         info = self.region(region)
         with self._lock:
             self._check_open()
+            if region < PciRegion.ROM and info.areas and not self._memory_is_on():
+                raise Unsupported(f"{self._name}: the function's memory space is off",
+                                  cause="its command register says so; touching a mapping would end this process",
+                                  hint="turn it on: maia_rt.pci.config.set_memory_space")
             return self._maps.map(info, self._fd, self._bases[region], offset, size)
+
+    def _memory_is_on(self) -> bool:
+        return not self._info.is_pci or bool(self.read(PciRegion.CONFIG, COMMAND, 2) & COMMAND_MEMORY)
 
     # --- DMA ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +171,7 @@ class KernelDevice:
             self._check_open()
             if not self._iommu.iova_ranges:
                 raise Unsupported(f"{self._name}: without an IOMMU no I/O virtual address can be given to memory",
-                                  hint="turn the IOMMU on: intel_iommu=on or amd_iommu=on on the kernel's command line")
+                                  cause="the function was opened with no_iommu", hint=TURN_ON)
             self._dma.check(iova, memory)
             if not any(first <= iova and iova + memory.size - 1 <= last for first, last in self._iommu.iova_ranges):
                 usable = ", ".join(f"{first:#x} to {last:#x}" for first, last in self._iommu.iova_ranges) or "none"
@@ -290,76 +211,117 @@ class KernelDevice:
     # --- interrupts --------------------------------------------------------------------------------------------------
 
     def irq_enable(self, index: int, start: int, eventfds: Sequence[int]) -> None:
-        """Send vectors to eventfds."""
-        check_irq(self._name, self._irqs, index, start=start, count=len(eventfds), flag=uapi.IRQ_FLAG_EVENTFD)
+        """Send vectors to eventfds; -1 takes a vector away."""
         with self._lock:
             self._check_open()
-            before = self._vectors.get(index, [])
-            after = before + [-1] * (start + len(eventfds) - len(before))
-            after[start:start + len(eventfds)] = eventfds
-            if before and len(after) > len(before) and self._irqs[index].flags & uapi.IRQ_FLAG_NORESIZE:
-                # The kernel cannot add vectors to an enabled set: disable it, then enable the larger one.
-                self._trigger_action(index, uapi.IRQ_SET_DATA_NONE, 0, ())
-                self._vectors.pop(index)
-                self._trigger_action(index, uapi.IRQ_SET_DATA_EVENTFD, 0, after)
-            else:
-                self._trigger_action(index, uapi.IRQ_SET_DATA_EVENTFD, start, eventfds)
-            self._vectors[index] = after
+            self._interrupts.enable(index, start, eventfds)
 
     def irq_disable(self, index: int) -> None:
         """Disable every vector of an interrupt index."""
-        check_irq(self._name, self._irqs, index, start=0, count=1)
         with self._lock:
             self._check_open()
-            self._trigger_action(index, uapi.IRQ_SET_DATA_NONE, 0, ())
-            self._vectors.pop(index, None)
+            self._interrupts.disable(index)
+            self._notices.listen(index)
 
     def irq_mask(self, index: int, start: int = 0, count: int = 1) -> None:
-        """Hold vectors back."""
-        check_irq(self._name, self._irqs, index, start=start, count=count, flag=uapi.IRQ_FLAG_MASKABLE)
-        self._set_irqs(uapi.IRQ_SET_DATA_NONE | uapi.IRQ_SET_ACTION_MASK, index, start, count)
+        """Hold vectors back; INTx only, MSI and MSI-X are masked in the device."""
+        with self._lock:
+            self._check_open()
+            self._interrupts.mask(index, start, count)
 
     def irq_unmask(self, index: int, start: int = 0, count: int = 1) -> None:
         """Let vectors through again."""
-        check_irq(self._name, self._irqs, index, start=start, count=count, flag=uapi.IRQ_FLAG_MASKABLE)
-        self._set_irqs(uapi.IRQ_SET_DATA_NONE | uapi.IRQ_SET_ACTION_UNMASK, index, start, count)
+        with self._lock:
+            self._check_open()
+            self._interrupts.unmask(index, start, count)
+
+    def irq_unmask_by(self, index: int, eventfd: int) -> None:
+        """Let INTx through again whenever `eventfd` is signalled, without a call of ours; -1 ends that.
+
+        Raises
+        ------
+        InvalidArgument
+            The interrupt is not enabled.
+        Unsupported
+            It cannot be masked.
+        DeviceBusy
+            Another eventfd has that task.
+        """
+        with self._lock:
+            self._check_open()
+            self._interrupts.unmask_by(index, eventfd)
 
     def irq_trigger(self, index: int, start: int = 0, count: int = 1) -> None:
         """Fire vectors as if the device had."""
-        check_irq(self._name, self._irqs, index, start=start, count=count)
-        self._set_irqs(uapi.IRQ_SET_DATA_NONE | uapi.IRQ_SET_ACTION_TRIGGER, index, start, count)
-
-    def _trigger_action(self, index: int, data: int, start: int, fds: Sequence[int]) -> None:
-        self._set_irqs(data | uapi.IRQ_SET_ACTION_TRIGGER, index, start, len(fds), array.array("i", fds).tobytes())
-
-    def _set_irqs(self, flags: int, index: int, start: int, count: int, data: bytes = b"") -> None:
-        size = ctypes.sizeof(k.VfioIrqSet) + len(data)
-        request = bytearray(k.VfioIrqSet(size, flags, index, start, count)) + data
         with self._lock:
             self._check_open()
-            self._call(k.VFIO_DEVICE_SET_IRQS, request,
-                       f"VFIO_DEVICE_SET_IRQS of {count} vectors from {start} on of index {index}")
+            self._interrupts.trigger(index, start, count)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Reset the function."""
+        """Reset the function alone: FLR, power management or its bus, as the kernel finds best."""
         if not self._info.can_reset:
-            raise Unsupported(f"{self._name}: the device has no reset")
+            raise Unsupported(f"{self._name}: the device has no reset of its own",
+                              cause="it has neither FLR nor a power state that resets it, and no bus to itself",
+                              hint="hot_reset() resets its slot; or release the function and bind it again")
         with self._lock:
             self._check_open()
-            self._call(k.VFIO_DEVICE_RESET, 0, "VFIO_DEVICE_RESET")
+            self._ioctl(k.VFIO_DEVICE_RESET, 0, "VFIO_DEVICE_RESET")
+
+    def hot_reset_info(self) -> list[AffectedFunction]:
+        """List the functions that :meth:`hot_reset` would reset, this one among them.
+
+        Raises
+        ------
+        Unsupported
+            Neither the function's slot nor its bus can be reset.
+        """
+        with self._lock:
+            self._check_open()
+            return hot_reset_info(self._name, self._iommu.group and self._iommu.group[0], self._call)
+
+    def hot_reset(self) -> None:
+        """Reset the function's slot or bus, and so every function there. DMA and interrupt mappings stay.
+
+        Raises
+        ------
+        Unsupported
+            As :meth:`hot_reset_info`.
+        DeviceBusy
+            Functions would be reset that do not belong to this open device. Nothing was changed.
+        """
+        with self._lock:
+            self._check_open()
+            hot_reset(self._name, self._iommu.group and self._iommu.group[1], self.hot_reset_info(), self._call)
 
     @property
     def liveness_fd(self) -> int | None:
-        """None: the kernel asks nothing of its user."""
-        return None
+        """Readable when the kernel has something to tell: :meth:`service` takes it."""
+        return None if self._closed or self._forked else self._notices.fd
 
     def service(self) -> int:
-        """Nothing to serve."""
+        """Take the kernel's notices; return how many there were."""
         with self._lock:
             self._check_open()
-            return 0
+            notices = self._notices.take()
+            if not notices:
+                return 0
+            self.check_present()
+            if PciIrq.REQ in notices and not self._release_requested:
+                self._release_requested = True
+                _log.warning("%s: the host wants the device back and waits for it to be closed", self._name)
+            if PciIrq.ERR in notices:
+                raise TransportError(
+                    f"{self._name}: PCI Express reported an uncorrectable error", errno=errno.EIO,
+                    cause="the device or its link failed; the kernel's log has the details",
+                    hint="reset() the device, or close it and open it anew")
+            return sum(notices.values())
+
+    @property
+    def release_requested(self) -> bool:
+        """Whether the host wants the device back."""
+        return self._release_requested
 
     @property
     def closed(self) -> bool:
@@ -381,7 +343,7 @@ class KernelDevice:
             self._closed = True
             held = self._maps.close()
             self._dma.clear()
-            self._iommu.close()
+            self._descriptors.close()
         if held:
             # The kernel gives the function to its next user when the last mapping has gone.
             _log.warning("%s: closed while views of %d mapped areas are held; they are unmapped with their last view",
@@ -390,29 +352,25 @@ class KernelDevice:
     def _last_steps(self) -> list[Callable[[], Any]]:
         """Return what stops the device: bus mastering off, interrupts off, DMA unmapped."""
         steps: list[Callable[[], Any]] = []
-        config = uapi.PciRegion.CONFIG
+        config = PciRegion.CONFIG
         if len(self._regions) > config and self._regions[config].size:
             steps.append(functools.partial(set_bus_master, functools.partial(self.read, config),
                                            functools.partial(self.write, config), False))
-        steps += [functools.partial(self.irq_disable, index) for index in sorted(self._vectors)]
+        steps += [functools.partial(self.irq_disable, index) for index in self._interrupts.enabled]
         steps += [functools.partial(self.dma_unmap, iova, size) for iova, size in self._dma]
         return steps
 
-    def _check_open(self) -> None:
-        """Raise what the state calls for; under the lock, so that no descriptor closes before its use."""
-        if self._forked:
-            raise ForkedError(f"{self._name}: the device was opened before fork", hint="open it anew in the child")
-        if self._closed:
-            raise ClosedError(f"{self._name}: the device has been closed")
-
-    def _call(self, request: int, argument: int | bytearray | ctypes.Structure, what: str) -> int:
+    def _ioctl(self, request: int, argument: int | bytearray | ctypes.Structure, what: str) -> int:
         return call(self._fd, request, argument, f"{self._name}: {what}")
+
+    def _call(self, request: int, argument: bytearray, what: str) -> int:
+        return self._ioctl(request, argument, what)
 
     def _after_fork(self) -> None:
         # The child's copies would keep the function from being given to anybody else when the parent closes it.
         self._forked = True
         self._lock = threading.RLock()
-        self._iommu.close()
+        self._descriptors.close()
 
     def __enter__(self) -> KernelDevice:
         return self
@@ -424,7 +382,7 @@ class KernelDevice:
         if not getattr(self, "_closed", True) and not self._forked:
             self._closed = True
             warnings.warn(f"{self._name}: the device was not closed", ResourceWarning, stacklevel=2)
-            self._iommu.close()
+            self._descriptors.close()
 
     def __repr__(self) -> str:
         return f"<KernelDevice {self._name}>"

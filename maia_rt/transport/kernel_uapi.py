@@ -32,10 +32,16 @@ VFIO_DEVICE_RESET: Final = _VFIO + 11
 VFIO_IOMMU_GET_INFO: Final = _VFIO + 12
 VFIO_IOMMU_MAP_DMA: Final = _VFIO + 13
 VFIO_IOMMU_UNMAP_DMA: Final = _VFIO + 14
+VFIO_DEVICE_GET_PCI_HOT_RESET_INFO: Final = _VFIO + 12
+VFIO_DEVICE_PCI_HOT_RESET: Final = _VFIO + 13
 VFIO_DEVICE_BIND_IOMMUFD: Final = _VFIO + 18
 VFIO_DEVICE_ATTACH_IOMMUFD_PT: Final = _VFIO + 19
 
 VFIO_GROUP_FLAGS_VIABLE: Final = 1 << 0
+
+VFIO_PCI_HOT_RESET_FLAG_DEV_ID: Final = 1 << 0
+VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED: Final = 1 << 1
+VFIO_PCI_DEVID_NOT_OWNED: Final = 0xFFFFFFFF
 
 VFIO_IOMMU_INFO_PGSIZES: Final = 1 << 0
 VFIO_IOMMU_INFO_CAPS: Final = 1 << 1
@@ -88,6 +94,26 @@ class VfioIrqSet(ctypes.Structure):
     _fields_ = (
         ("argsz", c_uint32), ("flags", c_uint32), ("index", c_uint32), ("start", c_uint32), ("count", c_uint32),
     )
+
+
+class VfioPciDependentDevice(ctypes.Structure):
+    """``struct vfio_pci_dependent_device``; in an iommufd `group_id` is ``devid``."""
+
+    _fields_ = (
+        ("group_id", c_uint32), ("segment", ctypes.c_uint16), ("bus", ctypes.c_uint8), ("devfn", ctypes.c_uint8),
+    )
+
+
+class VfioPciHotResetInfo(ctypes.Structure):
+    """``struct vfio_pci_hot_reset_info`` without its devices."""
+
+    _fields_ = (("argsz", c_uint32), ("flags", c_uint32), ("count", c_uint32))
+
+
+class VfioPciHotReset(ctypes.Structure):
+    """``struct vfio_pci_hot_reset`` without its groups."""
+
+    _fields_ = (("argsz", c_uint32), ("flags", c_uint32), ("count", c_uint32))
 
 
 class VfioIommuType1Info(ctypes.Structure):

@@ -28,7 +28,7 @@ class DeviceInfo:
     name : str
         For people and error texts: a PCI address or a socket path.
     kind : str
-        ``vfio-user``, ``vfio-group`` or ``vfio-cdev``.
+        ``vfio-user``, ``vfio-group``, ``vfio-cdev`` or ``vfio-noiommu``.
     flags : int
         ``uapi.DEVICE_FLAG_*``.
     num_regions, num_irqs : int
@@ -247,6 +247,15 @@ class Transport(Protocol):
         ------
         DeviceLost
             The device is gone.
+        TransportError
+            PCI Express reported an uncorrectable error of the device or its link (EIO).
+        """
+
+    @property
+    def release_requested(self) -> bool:
+        """Whether the host wants the device back: it is being unplugged or given to another driver, which waits.
+
+        Known once :meth:`service` has been called after :attr:`liveness_fd` became readable. Close the device soon.
         """
 
     @property
@@ -273,10 +282,12 @@ def check_access(
 ) -> None:
     """Raise unless `size` bytes at `offset` of `region` exist and allow what `flag` (REGION_FLAG_*) stands for.
 
+    With `sizes` it is a register: one access, so its offset is a multiple of its size.
+
     Raises
     ------
     InvalidArgument
-        They do not exist, or `sizes` is given and `size` is not among them.
+        They do not exist, are misaligned, or `sizes` is given and `size` is not among them.
     Unsupported
         The region cannot be read, or written.
     """
@@ -288,6 +299,10 @@ def check_access(
     if offset < 0 or size < 0 or offset + size > info.size:
         raise InvalidArgument(f"{name}: {size} bytes at {offset:#x} are not within region {region}, which has "
                               f"{info.size:#x} bytes")
+    if sizes and offset % size:
+        raise InvalidArgument(f"{name}: {size} bytes at {offset:#x} of region {region} are not aligned",
+                              cause="they would reach the device as several accesses",
+                              hint="access registers at a multiple of their width, or in narrower pieces")
     if not info.flags & flag:
         verb = "read" if flag == uapi.REGION_FLAG_READ else "written"
         raise Unsupported(f"{name}: region {region} cannot be {verb}")

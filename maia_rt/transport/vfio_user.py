@@ -29,6 +29,7 @@ from maia_rt.errors import (
 )
 from maia_rt.pci.config import set_bus_master
 from maia_rt.transport import uapi, wire
+from maia_rt.transport.described import Described
 from maia_rt.transport.dma_table import DmaTable
 from maia_rt.transport.mapping import PAGE_SIZE, RegionMaps, region_info
 from maia_rt.transport.protocol import Access, DeviceInfo, DmaMemory, IrqInfo, RegionInfo, check_irq
@@ -51,7 +52,7 @@ _MAX_REGION_INFO = 1 << 16
 _MAX_VERSION = 1 << 16
 
 
-class VfioUserClient(RegisterConnection):
+class VfioUserClient(Described, RegisterConnection):
     """A device on a vfio-user socket; a :class:`maia_rt.transport.protocol.Transport`.
 
     Made by :meth:`connect` or :meth:`from_socket`. Methods that the protocol describes are described there.
@@ -220,33 +221,7 @@ class VfioUserClient(RegisterConnection):
             raise self._nonsense(f"the reply to DEVICE_GET_IRQ_INFO of index {index} is for index {answered}")
         return IrqInfo(index, count, flags)
 
-    # --- what the device is ------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The socket's path."""
-        return self._name
-
-    @property
-    def info(self) -> DeviceInfo:
-        """The device's flags and counts."""
-        return self._info
-
-    @property
-    def regions(self) -> Sequence[RegionInfo]:
-        """Every region, by index."""
-        return self._regions
-
-    def region(self, index: int) -> RegionInfo:
-        """Return one region."""
-        if not 0 <= index < len(self._regions):
-            raise InvalidArgument(f"{self._name}: there is no region {index}; the last is {len(self._regions) - 1}")
-        return self._regions[index]
-
-    @property
-    def irqs(self) -> Sequence[IrqInfo]:
-        """Every interrupt index."""
-        return self._irqs
+    # --- region mappings ----------------------------------------------------------------------------------------------
 
     def map(self, region: int, offset: int = 0, size: int | None = None) -> memoryview:
         """Map a part of a region through the descriptor that came with its description."""
@@ -358,6 +333,11 @@ class VfioUserClient(RegisterConnection):
     def liveness_fd(self) -> int | None:
         """The socket: readable when the server wants something, hung up when it is gone."""
         return None if self._state in (CLOSED, FORKED) else self._sock.fileno()
+
+    @property
+    def release_requested(self) -> bool:
+        """False: a server hangs up instead."""
+        return False
 
     @property
     def closed(self) -> bool:

@@ -14,6 +14,8 @@ IOMMUFD_HEADER = Path("/usr/include/linux/iommufd.h")
 VFIO_STRUCTURES = {
     "vfio_group_status": k.VfioGroupStatus, "vfio_device_info": k.VfioDeviceInfo,
     "vfio_region_info": k.VfioRegionInfo, "vfio_irq_info": k.VfioIrqInfo, "vfio_irq_set": k.VfioIrqSet,
+    "vfio_pci_dependent_device": k.VfioPciDependentDevice, "vfio_pci_hot_reset_info": k.VfioPciHotResetInfo,
+    "vfio_pci_hot_reset": k.VfioPciHotReset,
     "vfio_iommu_type1_info": k.VfioIommuType1Info, "vfio_info_cap_header": k.VfioInfoCapHeader,
     "vfio_iommu_type1_dma_map": k.VfioIommuType1DmaMap, "vfio_iommu_type1_dma_unmap": k.VfioIommuType1DmaUnmap,
 }
@@ -56,7 +58,8 @@ def numbers(*prefixes):
     return {name: value for name, value in vars(k).items() if name.startswith(prefixes)}
 
 
-VFIO_NUMBERS = {name: value for name, value in numbers("VFIO_").items() if "IOMMUFD" not in name}
+VFIO_NUMBERS = {name: value for name, value in numbers("VFIO_").items()
+                if not any(word in name for word in ("IOMMUFD", "DEV_ID", "DEVID"))}
 IOMMUFD_NUMBERS = numbers("IOMMU_")
 
 IOMMUFD_LAYOUTS = {
@@ -129,6 +132,8 @@ def test_iommufd_matches_its_committed_layout_and_the_systems_header_where_it_ha
         got = [(getattr(structure, field[0]).offset, getattr(structure, field[0]).size) for field in structure._fields_]
         assert got == fields
     assert IOMMUFD_NUMBERS == IOMMUFD_EXPECTED
+    assert (k.VFIO_PCI_HOT_RESET_FLAG_DEV_ID, k.VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED) == (1, 2)
+    assert ctypes.c_int32(k.VFIO_PCI_DEVID_NOT_OWNED).value == -1
     assert (k.VFIO_DEVICE_BIND_IOMMUFD, k.VFIO_DEVICE_ATTACH_IOMMUFD_PT) == (0x3B64 + 18, 0x3B64 + 19)
     if IOMMUFD_HEADER.exists():
         theirs, values = ask_compiler(tmp_path, ["linux/iommufd.h"], IOMMUFD_STRUCTURES, IOMMUFD_NUMBERS)

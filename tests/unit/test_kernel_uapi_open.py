@@ -21,7 +21,7 @@ from maia_rt.errors import (
 from maia_rt.transport import kernel_uapi as k
 from maia_rt.transport.kernel import KernelDevice
 from maia_rt.transport.kernel_ioctl import open_node, refusal
-from maia_rt.transport.kernel_iommu import parse_type1_caps
+from maia_rt.transport.kernel_group import parse_type1_caps
 
 ADDRESS = "0000:3b:00.0"
 
@@ -111,8 +111,36 @@ def test_iommufd_is_chosen_where_both_its_ends_exist(host):
 
 
 def test_without_an_iommu_the_group_is_used_only_on_request(host):
-    give(host, driver="vfio-pci", group="7", cdev="vfio0", nodes=["vfio/vfio", "vfio/devices/vfio0", "iommu"])
-    assert "VFIO_GET_API_VERSION" in str(refused(host, no_iommu=True))
+    give(host, driver="vfio-pci", group="7", nodes=["vfio/vfio", "vfio/noiommu-7"])
+    error = refused(host)
+    assert isinstance(error, Unsupported)
+    assert "no_iommu=True" in error.hint
+    with pytest.warns(RuntimeWarning, match="all of the host's memory"):
+        assert "VFIO_GET_API_VERSION" in str(refused(host, no_iommu=True))
+
+
+def test_a_function_with_an_iommu_is_not_opened_without(host):
+    give(host, driver="vfio-pci", group="7", nodes=["vfio/vfio", "vfio/7"])
+    with pytest.warns(RuntimeWarning):
+        error = refused(host, no_iommu=True)
+    assert isinstance(error, InvalidArgument)
+    assert "leave `no_iommu` out" in error.hint
+
+
+def test_the_interface_can_be_chosen(host):
+    give(host, driver="vfio-pci", group="7", cdev="vfio0", nodes=["vfio/vfio", "vfio/7", "vfio/devices/vfio0", "iommu"])
+    assert "VFIO_GET_API_VERSION" in str(refused(host, interface="group"))
+    assert "VFIO_DEVICE_BIND_IOMMUFD" in str(refused(host, interface="cdev"))
+    assert "is not an interface" in str(refused(host, interface="iommufd"))
+
+
+def test_an_interface_that_the_kernel_has_not_is_unsupported(host):
+    give(host, driver="vfio-pci", group="7", nodes=["vfio/vfio", "vfio/7"])
+    error = refused(host, interface="cdev")
+    assert isinstance(error, Unsupported)
+    assert "Linux 6.6" in error.cause
+    with pytest.warns(RuntimeWarning):
+        assert isinstance(refused(host, interface="cdev", no_iommu=True), InvalidArgument)
 
 
 def test_a_node_of_another_user_names_the_node(tmp_path):
