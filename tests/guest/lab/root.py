@@ -133,7 +133,8 @@ def _python(archive):
     files += _standard_library(f"python/lib/{version}")
     _add_compiled(archive, files)
     for library in sorted(_libraries([executable, *(s for _, s in files if ".so" in s.suffixes)])):
-        _copy_stripped(archive, library, library)
+        # /lib and /lib64 are links in the guest, as they are on the host.
+        _copy_stripped(archive, re.sub("^/(?=lib)", "/usr/", library), library)
 
 
 def _copy_stripped(archive, name, source):
