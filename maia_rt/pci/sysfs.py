@@ -121,7 +121,9 @@ def read_function(address: PciAddress, *, root: Path = ROOT) -> Function:
     """
     path = directory(address, root=root)
     if not path.is_dir():
-        raise DeviceNotFound(f"there is no PCI function {address}", hint="list them with lspci -D")
+        raise DeviceNotFound(f"there is no PCI function {address}",
+                             cause="the address is of another machine or slot, or the device was removed",
+                             hint="list them with lspci -D")
     try:
         group = _link(path / "iommu_group")
         node = int(_text(path / "numa_node") or "-1")
