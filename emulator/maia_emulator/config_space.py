@@ -165,12 +165,14 @@ class ConfigSpace:
         self._put(at, "H", 0x10)
         self._put(at + 2, "H", 2)
         self._put(at + 0x04, "I", 1 << 28 | 1 << 15 | 1)  # payloads of 256 bytes
-        # Bit 15 starts an FLR and always reads as 0, so it is not among the writable ones.
-        self._put(DEVICE_CONTROL, "H", 0x2810, 0x7FFF)
+        # Error reporting, relaxed ordering, payload size, no snoop, read request size: what the capabilities do not
+        # offer reads as 0. So does bit 15, which starts an FLR.
+        self._put(DEVICE_CONTROL, "H", 0x2810, 0x78FF)
         self._put(at + 0x0C, "I", 8 << 4 | speed)
         self._put(at + 0x10, "H", 0, 0x00C3)
         self._put(at + 0x12, "H", 8 << 4 | speed)
-        self._put(at + 0x28, "H", 0, 0x001F)
+        self._put(at + 0x24, "I", 1 << 4)  # completion timeout can be disabled, as every endpoint's must
+        self._put(at + 0x28, "H", 0, 1 << 4)
         self._put(at + 0x2C, "I", ((1 << speed) - 1) << 1)
         self._put(at + 0x30, "H", speed, 0x000F)
 

@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 
 from guest.lab import debian, qemu
-
 from helpers.emulator import eventually
 from helpers.qmp import Qmp
 
@@ -213,8 +212,12 @@ class Ecam:
         # PCIEXBAR of the q35 host bridge: enabled, 256 MiB.
         PciFunction(machine, 0).write(0x60, 4, self.BASE | 1)
 
+    def at(self, devfn, offset, bus=0):
+        """The address of a function's configuration space."""
+        return self.BASE + (bus << 20 | devfn << 12) + offset
+
     def read(self, devfn, offset, size, bus=0):
-        return self._machine.read(self.BASE + (bus << 20 | devfn << 12) + offset, size)
+        return self._machine.read(self.at(devfn, offset, bus), size)
 
     def extended(self, devfn, bus=0):
         """Pairs of extended capability id and offset."""
