@@ -1,10 +1,8 @@
-"""``maia info``, ``reg`` and ``bench`` on the emulated device, as a process and over a socket."""
+"""``maia info`` and ``bench`` on the emulated device, as a process and over a socket."""
 
 import json
 
 import pytest
-
-from maia_rt.contract.registers import BAR0
 
 
 def test_info_shows_the_embedded_device(maia):
@@ -36,33 +34,6 @@ def test_a_socket_of_somebody_elses_device_can_be_named(maia, start_emulator):
     _, (path,) = start_emulator()
     done = maia("info", "--json", "--device", path)
     assert json.loads(done.stdout)["devices"][0]["name"] == path, done.stderr
-
-
-def test_every_readable_register_is_read_without_booting(maia, start_emulator):
-    _, (path,) = start_emulator()
-    data = json.loads(maia("reg", "read", "--json", "-d", path).stdout)
-    by_name = {r["name"]: r for r in data["registers"]}
-    assert set(by_name) == {r.name for r in BAR0.values() if r.readable}
-    assert by_name["ID"]["value"] == "0x4149414d"
-    assert by_name["STATUS"]["names"] == {"BOOT": "RESET"}
-    assert len(by_name["CAPS"]["value"]) == 2 + 16, "padded to the register's width"
-
-
-def test_one_field_a_doorbell_and_a_bare_offset_can_be_read(maia, start_emulator):
-    _, (path,) = start_emulator()
-    done = maia("reg", "read", "STATUS.BOOT", "Q3.NEEDS_WAKE", "BAR2:0x0", "-d", path)
-    assert done.returncode == 0, done.stderr
-    assert "STATUS.BOOT" in done.stdout
-    assert "0 (RESET)" in done.stdout
-
-
-def test_a_write_shows_what_changes_and_what_came_of_it(maia, start_emulator):
-    _, (path,) = start_emulator()
-    done = maia("reg", "write", "SCRATCH", "0xdeadbeef", "--yes", "-d", path)
-    assert done.stdout == "SCRATCH 0x00000000 -> 0xdeadbeef\n", done.stderr
-    assert ".VALUE (rw)  0x0 -> 0xdeadbeef" in done.stderr
-    done = maia("reg", "write", "CONTROL.RESET", "1", "--yes", "--json", "-d", path)
-    assert json.loads(done.stdout)["written"] == "0x00000002"
 
 
 @pytest.mark.timeout(180)

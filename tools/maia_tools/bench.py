@@ -21,9 +21,9 @@ from maia_rt._fast.command import Command
 from maia_rt.contract.commands import COMMAND, Opcode
 from maia_rt.contract.registers import Bar0
 from maia_tools import selection
+from maia_tools.options import device_option, json_option
 from maia_tools.output import bytes_text, print_json, print_table
 from maia_tools.reference import Memcpy, echo, ping_pong
-from maia_tools.registers import device_option, json_option
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device

@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bind": ("maia_tools.binding:bind", "Take PCI functions for a program to drive them through VFIO."),
     "release": ("maia_tools.binding:release", "Give PCI functions back to the drivers they had."),
     "info": ("maia_tools.info:info", "Show the devices: identity, capabilities, BARs, queues."),
-    "reg": ("maia_tools.registers:reg", "List, read and write registers by name."),
+    "reg": ("maia_tools.reg.command:reg", "List, read, watch, compare and write registers by name."),
     "emulate": ("maia_tools.emulate:emulate", "Serve an emulated device on a vfio-user socket."),
     "demo": ("maia_tools.demo:demo", "Run a sentence encoder on the device."),
     "bench": ("maia_tools.bench:bench", "Time submissions, waits, copies and register reads."),

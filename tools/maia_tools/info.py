@@ -10,8 +10,8 @@ import maia_rt
 from maia_rt.contract.registers import Profile
 from maia_rt.errors import DeviceNotFound, MaiaError
 from maia_rt.transport.uapi import PciRegion
+from maia_tools.options import device_option, json_option
 from maia_tools.output import bytes_text, print_json
-from maia_tools.registers import device_option, json_option
 from maia_tools.selection import selector
 
 CONFIG_IDS = 0
