@@ -1,5 +1,6 @@
 """Every example in the README, the docs and examples/ runs as it stands."""
 
+import ast
 import doctest
 import os
 import re
@@ -12,9 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STORIES = {"any-pci-device.md"}
+"""Pages whose pieces of code are one program."""
 BLOCKS = [(page, number, code) for page in PAGES if page.exists()
-          for number, code in enumerate(FENCE.findall(page.read_text()), 1)]
+          if page.name not in STORIES for number, code in enumerate(FENCE.findall(page.read_text()), 1)]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+FOR_OTHER_DEVICES = [path for path in SCRIPTS if path.name in ("edu.py", "nvme_identify.py")]
+"""They drive devices of QEMU, so they run in a guest: tests/guest/test_examples.py."""
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "emulator", "tools"))}
 
 
@@ -30,9 +35,63 @@ def test_python_in_the_documentation_runs(page, code, tmp_path):
     run(["-c", code], tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_the_page_about_any_pci_device_runs_on_a_socket(emulator, tmp_path):
+    story = "\n".join(FENCE.findall((ROOT / "docs/any-pci-device.md").read_text()))
+    assert story.count('"0000:3b:00.0"') == 1
+    done = run(["-c", story.replace("0000:3b:00.0", emulator[1])], tmp_path)
+    assert "1af4:10f0, class 120000" in done.stdout
+    assert "MSIX vector 1 fired 1 time(s)" in done.stdout
+    assert "there is no PCI function 0000:7f:1f.7" in done.stdout
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path not in FOR_OTHER_DEVICES], ids=lambda p: p.name)
 def test_example_runs(script, tmp_path):
     run([script], tmp_path)
+
+
+# --- examples for devices of others: what can be said of them without such a device ----------------------------------
+
+BASE = {"maia_rt.errors", "maia_rt.memory", "maia_rt.pci", "maia_rt.transport"}
+
+
+@pytest.mark.parametrize("script", FOR_OTHER_DEVICES, ids=lambda p: p.name)
+def test_a_driver_of_any_device_needs_the_lower_layers_and_the_standard_library_only(script):
+    imported = set()
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            imported.add(node.module)
+    assert imported & BASE
+    assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} <= BASE
+
+
+def test_a_whole_driver_can_be_read_at_one_sitting():
+    assert len((ROOT / "examples/edu.py").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("script", FOR_OTHER_DEVICES, ids=lambda p: p.name)
+def test_a_driver_of_any_device_explains_itself_and_its_errors(script, tmp_path, emulator):
+    assert "a PCI address" in run([script, "--help"], tmp_path).stdout
+    for device, what in (("0000:7f:1f.7", "there is no PCI function 0000:7f:1f.7"),
+                         (f"{tmp_path}/none", f"there is no socket {tmp_path}/none"),
+                         (emulator[1], f"{emulator[1]}: ")):
+        done = subprocess.run([sys.executable, "-W", "error", script, device], env=ENV, capture_output=True, text=True,
+                              timeout=100, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        said, cause, hint = done.stderr.splitlines()
+        assert said.startswith(what)
+        assert cause.startswith("  likely cause: ")
+        assert hint.startswith("  try: ")
+
+
+@pytest.mark.timeout(300)
+def test_drivers_of_any_device_fit_the_librarys_types():
+    done = subprocess.run(["mypy", "--allow-untyped-defs", "--allow-untyped-calls", "--check-untyped-defs",
+                           *map(str, FOR_OTHER_DEVICES)], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_readme_has_an_example_a_newcomer_can_take_in():
