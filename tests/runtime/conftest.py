@@ -40,21 +40,20 @@ def emulator_before_everything(request):
 
 
 @pytest.fixture
-def attached(request):
+def attached(request, record_property):
     """A device that outlives the test: on a socket, whose emulator lives as long as the module, or a PCI function."""
-    if PCI_DEVICE:
-        with maia_rt.open(PCI_DEVICE) as opened:
-            assert opened.transport.info.kind == os.environ.get("MAIA_TEST_TRANSPORT", opened.transport.info.kind)
-            yield opened
-    else:
-        with maia_rt.open(request.getfixturevalue("emulator")[1]) as opened:
-            yield opened
+    with maia_rt.open(PCI_DEVICE or request.getfixturevalue("emulator")[1]) as opened:
+        kind = opened.transport.info.kind
+        assert kind == os.environ.get("MAIA_TEST_TRANSPORT", kind)
+        record_property("transport", kind)
+        yield opened
 
 
 @pytest.fixture
-def embedded(paths_for_the_embedded_emulator):
+def embedded(paths_for_the_embedded_emulator, record_property):
     """An embedded device: a new process for each test."""
     with maia_rt.open("emulated") as opened:
+        record_property("transport", f"{opened.transport.info.kind}, embedded")
         yield opened
 
 

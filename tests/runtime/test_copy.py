@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import maia_rt
 from maia_rt import CopyPath
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType
 

@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import maia_rt
 from maia_rt.contract import program
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, ProgramError
 from tests.helpers import tiny_program

