@@ -3,6 +3,7 @@
 import struct
 
 from helpers.admin_queue import MEMORY, Driver
+from helpers.emulator import eventually
 from helpers.qtest import MMIO, PciFunction
 from helpers.raw_client import CONFIG
 
@@ -148,4 +149,16 @@ class QtestDriver(Driver):
         return struct.unpack("<QIIQ", self.get(self.spare + 0x8000, 24))
 
     def copy(self, src, dst, size):
-        return self.submit(2, struct.pack("<QQQ", src, dst, size))
+        """Copy after all earlier commands; returns the sequence number."""
+        return self.submit(2, struct.pack("<QQQ", src, dst, size), flags=1)
+
+    def done(self, sequence, seconds=10):
+        """Wait until a command has retired."""
+        assert eventually(lambda: self.progress()[0] >= sequence, seconds), f"the queue says {self.progress()}"
+
+    def failed(self, sequence, seconds=10):
+        """Wait until a command has stopped the queue; returns its fault code."""
+        assert eventually(lambda: self.progress()[1], seconds), f"the queue says {self.progress()}"
+        done, state, fault, number = self.progress()
+        assert (done, state, number) == (sequence - 1, 1, sequence)
+        return fault
