@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from maia_emulator.function import DEVICE_ID, VENDOR_ID, Function
+from maia_emulator.function import Function
 from maia_emulator.profiles import PROFILES
 from maia_emulator.server import ListeningSocket, Server, ServerError
+from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
 
 DESCRIPTORS: Final = 16384
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-from typing import Final
 
 from maia_emulator.admin import AdminCommands
 from maia_emulator.config_space import BAR_PREFETCHABLE, ConfigSpace
@@ -17,12 +16,9 @@ from maia_emulator.profiles import Profile
 from maia_emulator.regions import ConfigRegion, DoorbellBar, HbmBar, Region, RegisterBar
 from maia_emulator.register_file import RegisterFile
 from maia_rt.contract.commands import CONTRACT_MAJOR, CONTRACT_MINOR
+from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
 from maia_rt.contract.registers import BAR0, BAR0_BYTES, MSIX_PBA_OFFSET, MSIX_TABLE_OFFSET, SemaphoreWrite
 from maia_rt.transport import wire
-
-VENDOR_ID: Final = 0x1AF4
-DEVICE_ID: Final = 0x10F0
-"""The range that QEMU's list of PCI ids leaves for experiments."""
 
 
 class Function:

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from maia_rt.contract import function
+
 CONTRACT_MAJOR = 1
 CONTRACT_MINOR = 0
 
 COMMAND_BYTES = 64
 REPORT_BYTES = 32
 PROGRESS_BYTES = 64
-DOORBELL_STRIDE = 4096
+DOORBELL_STRIDE = function.DOORBELL_STRIDE
 SRAM_STRIDE_LOG2 = 32
 """Tile t's SRAM starts at TILE_SRAM_BASE + (t << SRAM_STRIDE_LOG2); clusters likewise."""
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
+from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
 from maia_rt.errors import DeviceNotFound, InvalidArgument
 from maia_rt.pci import PciAddress, functions
 from maia_rt.queue import DEFAULT_TIMEOUT
@@ -16,8 +17,6 @@ from maia_rt.transport import Transport
 from maia_rt.transport.kernel import KernelDevice
 from maia_rt.transport.vfio_user import VfioUserClient
 
-VENDOR_ID: Final = 0x1AF4
-DEVICE_ID: Final = 0x10F0
 EMULATED: Final = "emulated"
 """The selector of the embedded device, private to whoever opens it."""
 

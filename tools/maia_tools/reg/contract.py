@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maia_rt.contract import register as contract
-from maia_rt.contract.commands import DOORBELL_STRIDE
+from maia_rt.contract.function import DOORBELL_STRIDE
 from maia_rt.contract.registers import BAR0, DOORBELL
 from maia_tools.reg.model import Field, Register, Segment
 

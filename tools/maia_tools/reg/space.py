@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
+from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
 from maia_rt.contract.registers import BAR0
 from maia_rt.errors import InvalidArgument
 from maia_rt.pci import config
-from maia_rt.runtime.discovery import DEVICE_ID, VENDOR_ID
 from maia_rt.transport import Transport
 from maia_rt.transport.uapi import PciRegion
 from maia_tools.reg import config_space, contract, rdl
