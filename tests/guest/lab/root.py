@@ -205,7 +205,7 @@ def _add_compiled(archive, files):
 def add_project(archive) -> None:
     """This checkout, as it is now, at /maia; and the shared libraries of its extensions are Python's."""
     files, extensions = [], []
-    for top in ("maia_rt", "emulator", "tools", "tests", "examples"):
+    for top in ("maia_rt", "emulator", "tools", "tests", "examples", "docs"):
         for folder, folders, entries in os.walk(PROJECT / top):
             folders[:] = [f for f in folders if f not in ("__pycache__", "csrc")]
             files += [(f"maia/{Path(folder, entry).relative_to(PROJECT)}", Path(folder, entry)) for entry in entries
