@@ -98,8 +98,9 @@ class Interrupts:
     def add(self, count: int = 1) -> int:
         """Enable `count` more vectors; return the number of the first of them.
 
-        Kernels before 6.5, and MSI always, cannot add to vectors that are enabled: the transport then disables all and
-        enables more, and an interrupt that fires between the two is lost. Where that matters, begin with all.
+        Kernels before 6.5, and MSI always, cannot add to vectors that are enabled: the transport then enables the whole
+        set anew and fires the earlier vectors once, since one that fired meanwhile was lost. Begin with all of them, or
+        take a vector for a reason to look at the device, not for an answer.
 
         Raises
         ------
