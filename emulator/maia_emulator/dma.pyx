@@ -179,7 +179,7 @@ cdef class DmaTable:
         Raises
         ------
         OSError
-            ENOENT where no mapping lies in the range, or one does so in part only; nothing is removed then.
+            EINVAL where a mapping lies in the range in part only, and ENOENT where none does; nothing is removed then.
         """
         cdef uint64_t last = iova + size - 1
         cdef size_t first = self.position(iova)
@@ -187,9 +187,11 @@ cdef class DmaTable:
         cdef size_t i
         while end < self.count and self.mappings[end].iova + self.mappings[end].size - 1 <= last:
             end += 1
-        if (size == 0 or last < iova or first == end or (end < self.count and self.mappings[end].iova <= last)
-                or (first > 0 and self.mappings[first - 1].iova + self.mappings[first - 1].size > iova)):
-            raise OSError(errno.ENOENT, f"no DMA mappings are {iova:#x} + {size:#x}")
+        if size and (last < iova or (end < self.count and self.mappings[end].iova <= last)
+                     or (first > 0 and self.mappings[first - 1].iova + self.mappings[first - 1].size - 1 >= iova)):
+            raise OSError(errno.EINVAL, f"DMA range {iova:#x} + {size:#x} would cut a mapping")
+        if size == 0 or first == end:
+            raise OSError(errno.ENOENT, f"no DMA mapping is within {iova:#x} + {size:#x}")
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
             for i in range(first, end):

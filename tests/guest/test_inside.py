@@ -51,9 +51,10 @@ class Course:
         return self._guest.pytest("tests/guest/inside", "-o", "timeout=300", timeout=GUEST_SECONDS)
 
     def _demo(self):
+        device = self._guest.run("lspci -D -d 1af4:10f0").output.split()[0]
+        self._guest.run(f"maia bind {device}")
         words = " ".join(f"'{word}'" for word in DEMO)
-        done = self._guest.run("device=$(lspci -D -d 1af4:10f0 | head -1 | cut -d' ' -f1); maia bind $device >&2 && "
-                               f"maia demo --device $device {words} 2>/tmp/errors || cat /tmp/errors",
+        done = self._guest.run(f"maia demo --device {device} {words} 2>/tmp/errors || cat /tmp/errors",
                                timeout=GUEST_SECONDS)
         return json.loads(done.output)
 
