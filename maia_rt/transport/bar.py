@@ -13,7 +13,7 @@ from maia_rt.transport.polling import poll_until
 from maia_rt.transport.protocol import Transport
 from maia_rt.transport.uapi import PciRegion
 
-_CONFIG_VENDOR: Final = 0
+_REVISION_AND_CLASS: Final = 0x08
 
 
 class Bar:
@@ -165,9 +165,11 @@ class Bar:
         return value
 
     def check_alive(self) -> None:
-        """Raise DeviceLost where configuration space reads as all ones: the link is down or the device in reset."""
-        vendor = self._transport.read(PciRegion.CONFIG, _CONFIG_VENDOR, 2)
-        if vendor == 0xFFFF:
+        """Raise DeviceLost where the function does not answer, so that reading all ones is known from being gone.
+
+        Configuration space is asked for revision and class: of the vendor the kernel's VFIO answers from a copy.
+        """
+        if self._transport.read(PciRegion.CONFIG, _REVISION_AND_CLASS, 4) == 0xFFFFFFFF:
             raise DeviceLost(f"{self._transport.name}: the device reads as all ones, configuration space too",
                              cause="the link is down, or the device was removed or is in reset",
                              hint="look at the slot, rescan the bus, then open the device anew")
