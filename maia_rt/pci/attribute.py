@@ -41,6 +41,9 @@ for line in sys.stdin.buffer:
     os.write(1, b"%d %s\\n" % (number, answer))
 """
 
+_END_SECONDS: Final = 0.5
+"""How long a process that was killed may take to end, where the kernel does not hold it."""
+
 _stuck: list[subprocess.Popen[bytes]] = []
 """Processes that the kernel has not let go yet; looked at again whenever one is added."""
 
@@ -116,15 +119,18 @@ class Attributes:
         return self._process
 
     def _abandon(self) -> None:
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        _stuck[:] = [process for process in _stuck if process.poll() is None]
-        _stuck.append(self._process)
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
-        self._process.terminate()
-        self._process = None
+        process.kill()
+        _stuck[:] = [one for one in _stuck if one.poll() is None]
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            _stuck.append(process)
 
     def close(self) -> None:
         """End the process. Idempotent."""

@@ -183,8 +183,7 @@ def _opened_node(path: Path, nodes: OpenNodes) -> list[Use]:
 
 
 def _opened(node: Node, name: str, nodes: OpenNodes, *, blocks: bool = False) -> list[Use]:
-    return [Use(f"{process} has {name} open", process.pid, blocks)
-            for process in nodes.by_node.get(node, ()) if process.pid != os.getpid()]
+    return [Use(f"{process} has {name} open", process.pid, blocks) for process in nodes.by_node.get(node, ())]
 
 
 def _children(address: PciAddress, host: Host) -> tuple[dict[str, int], dict[str, int], list[Path]]:

@@ -69,6 +69,8 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
 def maia(ctx: click.Context, debug: bool) -> None:
     """Drive, watch and emulate MAIA-like accelerators."""
     ctx.meta["maia.debug"] = debug
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
