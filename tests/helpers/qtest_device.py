@@ -78,18 +78,21 @@ class Device(PciFunction):
 
 
 class RootPort(PciFunction):
-    """A PCI Express root port of bus 0 with bus 1 behind it, and windows for the places of our BARs."""
+    """A PCI Express root port of bus 0 with a bus behind it, and windows for the places of our BARs."""
 
+    # Hot plug by the slot itself, as PCI Express has it, and not by ACPI.
+    NATIVE = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
     OPTION = ("-device", "pcie-root-port,id=rp0,chassis=1,addr=3")
 
-    def __init__(self, machine):
-        super().__init__(machine, 0x18)
+    def __init__(self, machine, devfn=0x18, bus=1):
+        super().__init__(machine, devfn)
+        self.bus = bus
         self.slot_control = self.capability(0x10) + 0x18
         self.open()
 
     def open(self):
         """Do what firmware does after each reset."""
-        self.write(0x18, 4, 0x00_01_01_00)
+        self.write(0x18, 4, self.bus << 16 | self.bus << 8)
         self.write(0x20, 4, (MMIO >> 16) | (MMIO + 0xFF_0000) & 0xFFFF0000)  # base and limit, by 1 MiB
         place, limit = PLACES[4], PLACES[4] + (1 << 38) - 1
         self.write(0x24, 4, place >> 16 & 0xFFF0 | limit & 0xFFF00000)
@@ -97,10 +100,18 @@ class RootPort(PciFunction):
         self.write(0x2C, 4, limit >> 32)
         self.write(COMMAND, 2, MEMORY_SPACE | BUS_MASTER)
 
+    # Slot Control (PCIe 6.0, 7.5.3.10): bit 10 is power off, bits 9:8 the power indicator: 1 on, 3 off.
+
+    def take(self):
+        """Power the slot on, as software does that finds a new device in it."""
+        self._power(1 << 8)
+
     def let_go(self):
-        """Power the slot off, as software does that was asked for the device (PCIe 6.0, 6.7.1.8)."""
-        control = self.read(self.slot_control, 2) & ~0x300
-        self.write(self.slot_control, 2, control | 1 << 10 | 3 << 8)
+        """Power the slot off, as software does that was asked for the device."""
+        self._power(1 << 10 | 3 << 8)
+
+    def _power(self, bits):
+        self.write(self.slot_control, 2, self.read(self.slot_control, 2) & ~0x700 | bits)
 
 
 class QtestDriver(Driver):
