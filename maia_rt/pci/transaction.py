@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import logging
 import os
 import shlex
 import shutil
@@ -20,6 +21,8 @@ from maia_rt.pci import record, sysfs
 from maia_rt.pci.address import PciAddress
 from maia_rt.pci.attribute import Attributes
 from maia_rt.pci.host import Host
+
+_log = logging.getLogger(__name__)
 
 NO_OVERRIDE: Final = "(null)"
 """What ``driver_override`` reads as when it is not set."""
@@ -176,6 +179,8 @@ class Transaction:
             outcome = self._put_back(touched, error)
             if isinstance(error, MaiaError) and outcome:
                 raise _told(error, outcome) from error
+            if outcome:
+                _log.warning("%s", outcome)
             raise
         for change in plan.changes:
             if change.record is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from maia_rt.errors import DeviceLost
+from maia_rt.errors import DeviceLost, DeviceNotFound
 from maia_rt.pci import sysfs
 from maia_rt.pci.address import PciAddress
 from maia_rt.pci.host import Host
@@ -150,18 +150,26 @@ def kernel_uses(address: PciAddress, host: Host, nodes: OpenNodes | None = None)
     return found
 
 
-def vfio_uses(address: PciAddress, host: Host, nodes: OpenNodes | None = None) -> list[Use]:
-    """List who drives a function, or another of its IOMMU group, through VFIO. Nothing can take it from them."""
+def vfio_uses(address: PciAddress, host: Host, nodes: OpenNodes | None = None, *, probe: bool = True) -> list[Use]:
+    """List who drives a function, or another of its IOMMU group, through VFIO. Nothing can take it from them.
+
+    Parameters
+    ----------
+    address, host, nodes
+        As for :func:`kernel_uses`.
+    probe : bool
+        Open the group's node for a moment, which finds programs that hide. One that opens it at that moment is refused.
+    """
     nodes = nodes or open_nodes(host)
     found: list[Use] = []
     try:
         group = sysfs.read_function(address, root=host.pci).iommu_group
-    except DeviceLost:
+    except (DeviceNotFound, DeviceLost):
         return []
     if group is None:
         return []
     for member in sysfs.group_members(address, root=host.pci):
-        with contextlib.suppress(DeviceLost):
+        with contextlib.suppress(DeviceNotFound, DeviceLost):
             cdev = sysfs.read_function(member, root=host.pci).vfio_cdev
             if cdev is not None:
                 found += _opened_node(host.dev / "vfio/devices" / cdev, nodes)
@@ -169,7 +177,7 @@ def vfio_uses(address: PciAddress, host: Host, nodes: OpenNodes | None = None) -
         path = host.dev / "vfio" / name
         opened = _opened_node(path, nodes)
         # The group's file lives as long as any function of it is open, mapped or held by descriptor.
-        if not opened and not found and path.exists() and _is_busy(path):
+        if probe and not opened and not found and path.exists() and _is_busy(path):
             perhaps = ", ".join(map(str, nodes.vfio))
             opened = [Use(f"{path} is in use{f', perhaps by {perhaps}' if perhaps else ''}",
                           nodes.vfio[0].pid if len(nodes.vfio) == 1 else None, blocks=True)]

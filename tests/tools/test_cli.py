@@ -34,7 +34,8 @@ def test_every_listed_command_can_be_imported_and_has_help(maia):
     (errors.DeviceFault(10, device="d", queue=0, sequence=1), 5), (errors.DeviceLost("x"), 5),
     (errors.DeviceTimeout("x"), 6), (errors.InvalidArgument("x"), 2), (errors.MaiaError("x"), 1),
     (errors.Unsupported("x"), 1), (errors.TransportError("x", errno=errno.EPERM), 4),
-    (errors.TransportError("x", errno=errno.EIO), 1), (PermissionError(errno.EACCES, "x"), 4), (OSError("x"), 1),
+    (errors.TransportError("x", errno=errno.EIO), 1), (errors.TransportError("x", errno=errno.EBUSY), 3),
+    (PermissionError(errno.EACCES, "x"), 4), (OSError("x"), 1),
     (ZeroDivisionError("x"), 1),
 ])
 def test_exit_codes_say_what_failed(error, code):

@@ -97,7 +97,7 @@ def _row(function: Function, host: Host, nodes: usage.OpenNodes) -> dict[str, An
     known = record.load(function, host)
     is_bound = iommu.is_vfio(function.driver)
     obstacle = plan.obstacle(function, host, nodes)
-    users = [one.text for one in usage.vfio_uses(address, host, nodes)] if is_bound else []
+    users = [one.text for one in usage.vfio_uses(address, host, nodes, probe=False)] if is_bound else []
     return {
         "address": str(address), "vendor": f"{function.vendor:#06x}", "device": f"{function.device:#06x}",
         "class": f"{function.class_code:#08x}", "class_name": class_name(function.class_code),

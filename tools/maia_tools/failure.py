@@ -41,8 +41,8 @@ def _table() -> tuple[Row, ...]:
 def exit_code(error: BaseException) -> int:
     """The exit code that stands for an error."""
     code = next((code for kinds, code, _, _ in _table() if isinstance(error, kinds)), FAILED)
-    if code == FAILED and isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
-        return PERMISSION
+    if code == FAILED and isinstance(error, OSError):
+        return {errno.EACCES: PERMISSION, errno.EPERM: PERMISSION, errno.EBUSY: NO_DEVICE}.get(error.errno or 0, code)
     return code
 
 
