@@ -118,11 +118,11 @@ def _environment():
             raise LabError(f"there is no {name} to build the guest's kernel with\n  try: apt install {name}")
     env = {**os.environ, "LC_ALL": "C", "KBUILD_BUILD_TIMESTAMP": "@0", "KBUILD_BUILD_USER": "maia",
            "KBUILD_BUILD_HOST": "guest-lab"}
-    absent = [name for name in ("flex", "bison", "bc", "m4") if shutil.which(name) is None]
+    absent = [name for name in ("flex", "bison", "bc", "m4", "xz") if shutil.which(name) is None]
     if not absent and Path("/usr/include/gelf.h").exists():
         return env
     root = cache.made("kernel-tools", cache.key("1", debian.host_suite()), lambda path: debian.unpack(
-        path, debian.host_suite(), "flex", "bison", "bc", "m4", "libelf-dev",
+        path, debian.host_suite(), "flex", "bison", "bc", "m4", "xz-utils", "libelf-dev",
         without=r"libc6|libc-|linux-libc|libgcc|gcc|libcrypt|rpcsvc|libnsl|libtirpc|perl|debconf|dpkg_|tar_|readline-c"))
     libraries = root / debian.LIBRARIES
     return {**env, "PATH": f"{root}/usr/bin:{env['PATH']}", "LD_LIBRARY_PATH": str(libraries),
@@ -137,7 +137,7 @@ def _build(path):
         archive = debian.download(SOURCE, unpacked)
         debian.unpack_archive(archive, unpacked)
         archive.unlink()
-        subprocess.run(["tar", "-xJf", f"usr/src/{SOURCE}.tar.xz"], cwd=unpacked, check=True)
+        subprocess.run(["tar", "-xJf", f"usr/src/{SOURCE}.tar.xz"], cwd=unpacked, env=env, check=True)
         tree = unpacked / SOURCE
 
         def make(*words):
