@@ -115,24 +115,34 @@ class RootPort(PciFunction):
 
 
 class QtestDriver(Driver):
-    """`Driver` whose memory is the machine's, at `base`, and whose device is behind QEMU."""
+    """`Driver` whose device is behind QEMU; its memory is the machine's, where the device sees it at `base`.
 
-    def __init__(self, device, *, base=0x100000, log2=4):
+    Parameters
+    ----------
+    device : Device
+    base : int
+        The IOVA of the memory.
+    memory : int, optional
+        The address of the memory in the machine, where a virtual IOMMU makes it another than `base`.
+    """
+
+    def __init__(self, device, *, base=0x100000, memory=None, log2=4):
         self.base, self.entries, self.log2 = base, 1 << log2, log2
+        self._to_memory = 0 if memory is None else memory - base
         self.sq, self.cq, self.spare = base, base + 0x8000, base + 0x10000
         self.client = device
         self.machine = device.machine
-        self.machine("memset", base, MEMORY, 0)
+        self.machine("memset", base + self._to_memory, MEMORY, 0)
         self.tail = 0
 
     def __exit__(self, *_):
         pass
 
     def put(self, address, data):
-        self.machine.write(address, data)
+        self.machine.write(address + self._to_memory, data)
 
     def get(self, address, size):
-        return self.machine.read(address, size)
+        return self.machine.read(address + self._to_memory, size)
 
     # One queue, its ring, progress block and reports where `create_queue` puts them.
 

@@ -93,7 +93,7 @@ def test_unplug_and_plug_again_on_the_same_socket(emulator, slot):
         if before is None:
             time.sleep(0.2)
             before = fd_count(process)
-        assert eventually(lambda: fd_count(process) <= before), "descriptors of the last client"
+        assert eventually(lambda most=before: fd_count(process) <= most), "descriptors of the last client"
 
 
 def test_unplug_under_a_long_copy(emulator, slot):
@@ -112,7 +112,7 @@ def test_unplug_under_a_long_copy(emulator, slot):
 
 @pytest.mark.parametrize("how", ["quit", "SIGTERM", "SIGKILL"])
 def test_device_is_fresh_for_the_next_machine_however_the_last_one_ended(emulator, how):
-    process, path = emulator
+    _, path = emulator
     for _ in range(2):
         machine = Machine(vfio_user(path))
         try:
@@ -129,7 +129,7 @@ def test_device_is_fresh_for_the_next_machine_however_the_last_one_ended(emulato
 
 
 def test_machine_that_is_killed_under_a_long_copy(emulator, start_machine):
-    process, path = emulator
+    _, path = emulator
     hbm = 1 << 48
     machine = Machine(vfio_user(path))
     try:
@@ -258,5 +258,5 @@ def test_two_devices_of_one_process_in_one_machine():
 
 
 def test_no_server_is_an_error_of_its_own(tmp_path):
-    with pytest.raises(QemuError, match="Failed to connect|No such file"):
+    with pytest.raises(QemuError, match=r"Failed to connect|No such file"):
         Machine(vfio_user(f"{tmp_path}/nobody"))
