@@ -15,6 +15,8 @@ from .debian import LabError
 
 FRAGMENT = Path(__file__).with_name("kernel.fragment")
 SOURCE = "linux-source-6.12"
+RECIPE = 1
+"""Grows when kernels are to be made anew, for another reason than a change of the fragment or the modules."""
 MODULES = ("vfio", "vfio_iommu_type1", "vfio_pci", "virtio_iommu", "nvme", "uio_pci_generic")
 """What a guest may load of Debian's kernel; what these depend on comes with them."""
 
@@ -29,13 +31,13 @@ class Kernel:
 
 def stock() -> Kernel:
     """Debian's cloud kernel: groups and containers only."""
-    folder = cache.made("kernel-stock", cache.key(Path(__file__), *MODULES), _unpack_stock)
+    folder = cache.made("kernel-stock", cache.key(RECIPE, *MODULES), _unpack_stock)
     return Kernel(folder / "vmlinux", folder / "modules")
 
 
 def own() -> Kernel:
     """The small kernel built from Debian's source: group, cdev, iommufd, no-IOMMU mode."""
-    return Kernel(cache.made("kernel-own", cache.key(Path(__file__), FRAGMENT), _build) / "vmlinux", None)
+    return Kernel(cache.made("kernel-own", cache.key(RECIPE, FRAGMENT), _build) / "vmlinux", None)
 
 
 KERNELS = {"stock": stock, "own": own}
