@@ -4,6 +4,8 @@ from maia_rt.memory.address_space import AddressSpace, SpaceStatistics
 from maia_rt.memory.heap import DeviceHeap
 from maia_rt.memory.iova import IovaAllocator
 from maia_rt.memory.limits import check_memlock
+from maia_rt.memory.peer import PeerMemory
+from maia_rt.memory.physical import physical_ranges
 from maia_rt.memory.pinned import PinnedBlock, PinnedPool
 from maia_rt.memory.regions import DmaRegion
 
@@ -12,8 +14,10 @@ __all__ = [
     "DeviceHeap",
     "DmaRegion",
     "IovaAllocator",
+    "PeerMemory",
     "PinnedBlock",
     "PinnedPool",
     "SpaceStatistics",
     "check_memlock",
+    "physical_ranges",
 ]

@@ -30,7 +30,9 @@ def open_iommu(address: PciAddress, *, interface: Interface | None, no_iommu: bo
     if interface == "cdev" and no_iommu:
         raise InvalidArgument(f"{address}: the cdev interface needs an IOMMU", hint="leave `interface` out")
     function = _bound(address, no_iommu=no_iommu, dev=dev, root=root)
+    # A kernel without the interface names the device in sysfs all the same.
     cdev = dev / "vfio/devices" / function.vfio_cdev if function.vfio_cdev is not None else None
+    cdev = cdev if cdev is not None and cdev.exists() else None
     group = dev / "vfio" / str(function.iommu_group)
     unguarded = dev / "vfio" / f"noiommu-{function.iommu_group}"
     if no_iommu:

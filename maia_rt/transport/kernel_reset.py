@@ -104,5 +104,17 @@ def hot_reset(name: str, group_fd: int | None, affected: list[AffectedFunction],
     fds = [] if group_fd is None else [group_fd]
     data = array.array("i", fds).tobytes()
     size = ctypes.sizeof(k.VfioPciHotReset)
-    call(k.VFIO_DEVICE_PCI_HOT_RESET, bytearray(k.VfioPciHotReset(size + len(data), 0, len(fds))) + data,
-         "VFIO_DEVICE_PCI_HOT_RESET")
+    request = bytearray(k.VfioPciHotReset(size + len(data), 0, len(fds))) + data
+    try:
+        call(k.VFIO_DEVICE_PCI_HOT_RESET, request, "VFIO_DEVICE_PCI_HOT_RESET")
+    except TransportError as error:
+        if error.errno == errno.EINVAL:
+            others = ", ".join(str(one.address) for one in affected if str(one.address) != name)
+            raise DeviceBusy(f"{name}: the kernel refuses the hot reset", hint="bind these to vfio-pci, too",
+                             cause=f"not all that it would reset are bound to vfio-pci: {others or 'bridges behind'}"
+                             ) from None
+        if error.errno == errno.ENOTTY:
+            raise TransportError(f"{name}: the slot was reset, but its link did not come up in time",
+                                 errno=errno.ENOTTY, cause="the device or its slot; the kernel's log has the details",
+                                 hint="look whether the device answers, then reset it again") from None
+        raise
