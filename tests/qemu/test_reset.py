@@ -159,5 +159,8 @@ def test_reset_in_d3_and_flr_bit_written_with_other_bits(mapped_device):
     device.write(device.capability(0x01) + 4, 2, 3)
     device.write(device.express + 8, 2, 0xFFFF)
     assert device.read(device.express + 8, 2) == 0x2810
+    power = device.capability(0x01) + 4
+    assert device.read(power, 2) & 3 == 0
+    device.write(power, 2, 0)  # QEMU has a power state of its own, which only a write brings back
     device.enable()
     assert device.alive()
