@@ -1,9 +1,7 @@
 """Devices that are not, or no longer, what the driver can drive: the emulator's own server with a register changed."""
 
 import pytest
-from maia_emulator.function import Function
-from maia_emulator.profiles import PROFILES
-from maia_emulator.server import ListeningSocket, Server
+from helpers.served import Served
 
 import maia_rt
 from maia_rt.contract.registers import BAR0
@@ -11,24 +9,6 @@ from maia_rt.errors import ContractMismatch, DeviceLost, FirmwareError
 from maia_rt.firmware import Firmware
 
 pytestmark = pytest.mark.emulator_process
-
-
-class Served:
-    """A device on a socket, served by threads of this process."""
-
-    def __init__(self, path):
-        self.path = path
-        self.function = Function(PROFILES["small"], workers=1)
-        self._server = Server(self.function, ListeningSocket(path), ended=lambda: None)
-        self._server.start()
-
-    def keep(self, name, value):
-        """Let a register read as `value`, whatever resets do."""
-        self.function.registers.on_read(name, lambda: value)
-
-    def close(self):
-        self._server.stop()
-        self.function = self._server = None
 
 
 @pytest.fixture

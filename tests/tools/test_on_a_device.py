@@ -26,7 +26,7 @@ def test_info_of_a_device_that_is_not_there_says_so_with_code_3(maia, tmp_path):
     done = maia("info", "--device", tmp_path / "nobody")
     assert done.returncode == 3
     assert "nobody" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 3
     assert maia("info", "--device", "7").returncode == 3
 
 

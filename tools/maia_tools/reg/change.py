@@ -9,7 +9,7 @@ from maia_rt.errors import InvalidArgument
 from maia_tools.reg import audit
 from maia_tools.reg.access import Access
 from maia_tools.reg.address import number
-from maia_tools.reg.model import UNAVOIDABLE, Field
+from maia_tools.reg.model import NEUTRAL_ONE, NEUTRAL_ZERO, UNAVOIDABLE, Field
 from maia_tools.reg.place import Place
 
 _COMPARED = frozenset({"rw"})
@@ -38,12 +38,17 @@ class Change:
         for field in self.place.register.fields if self.place.register is not None else ():
             old = None if self.old is None or not field.readable else field.get(self.old)
             new = field.get(self.new)
-            if field.writable:
-                # A kind other than rw acts by what is written, whatever it held.
-                acts = field.access != "rw" and bool(field.mask & self.touched) and new != 0
-                shown = acts or old is None or old != new or field.access in UNAVOIDABLE
+            touched = bool(field.mask & self.touched)
+            if field.access == "rw":
+                shown = old is None or old != new
+            elif field.access in ("wo", "w1"):
+                shown = touched
+            elif field.access in NEUTRAL_ONE:
+                shown = touched and new != (1 << field.width) - 1
+            elif field.access in NEUTRAL_ZERO:
+                shown = touched and new != 0
             else:
-                shown = bool(field.mask & self.touched) and old != new
+                shown = field.access in UNAVOIDABLE or (touched and old != new)
             if shown:
                 yield field, old, new
 
