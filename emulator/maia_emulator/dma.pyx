@@ -172,34 +172,41 @@ cdef class DmaTable:
     def unmap(self, uint64_t iova, uint64_t size):
         """Remove every mapping that lies in a range, once no engine touches any.
 
-        The vfio-user text wants one mapping, matched exactly. The kernel's type1 takes any number that lie wholly in
-        the range, and QEMU counts on that: where a guest takes 2 MiB of 4 KiB pages back, it sends one unmap. Refused,
-        the old mappings would stay, and DMA would go where it must not.
+        The vfio-user text speaks of one mapping, matched exactly. The kernel's type1 takes any number that lie wholly
+        in the range, none as well, and QEMU counts on that: where a guest takes 2 MiB of 4 KiB pages back, it sends
+        one unmap; refused, the old mappings would stay, and DMA would go where it must not. And where the guest turns
+        its IOMMU on, QEMU takes back all there could be.
+
+        Returns
+        -------
+        int
+            How many bytes were mapped there.
 
         Raises
         ------
         OSError
-            EINVAL where a mapping lies in the range in part only, and ENOENT where none does; nothing is removed then.
+            EINVAL for a range that is empty, wraps, or would cut a mapping; nothing is removed then.
         """
+        cdef uint64_t bytes_removed = 0
         cdef uint64_t last = iova + size - 1
         cdef size_t first = self.position(iova)
         cdef size_t end = first
         cdef size_t i
         while end < self.count and self.mappings[end].iova + self.mappings[end].size - 1 <= last:
             end += 1
-        if size and (last < iova or (end < self.count and self.mappings[end].iova <= last)
-                     or (first > 0 and self.mappings[first - 1].iova + self.mappings[first - 1].size - 1 >= iova)):
-            raise OSError(errno.EINVAL, f"DMA range {iova:#x} + {size:#x} would cut a mapping")
-        if size == 0 or first == end:
-            raise OSError(errno.ENOENT, f"no DMA mapping is within {iova:#x} + {size:#x}")
+        if (size == 0 or last < iova or (end < self.count and self.mappings[end].iova <= last)
+                or (first > 0 and self.mappings[first - 1].iova + self.mappings[first - 1].size - 1 >= iova)):
+            raise OSError(errno.EINVAL, f"DMA range {iova:#x} + {size:#x} is empty, wraps or would cut a mapping")
         with nogil:
             pthread_rwlock_wrlock(&self.lock)
             for i in range(first, end):
+                bytes_removed += self.mappings[i].size
                 self.drop(self.mappings[i].file)
             memmove(&self.mappings[first], &self.mappings[end], (self.count - end) * sizeof(mapping_t))
             self.count -= end - first
             self.generation += 1
             pthread_rwlock_unlock(&self.lock)
+        return bytes_removed
 
     def unmap_all(self):
         """Remove every mapping, once no engine touches any."""

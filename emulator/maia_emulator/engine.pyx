@@ -213,7 +213,7 @@ cdef class Engine:
 
     def dma_unmap(self, iova, size):
         """See `DmaTable.unmap`."""
-        self.memory.dma.unmap(iova, size)
+        return self.memory.dma.unmap(iova, size)
 
     def dma_unmap_all(self):
         """See `DmaTable.unmap_all`."""

@@ -210,9 +210,10 @@ class Session:
             with function.message_dma.barred():
                 function.engine.dma_unmap_all()
         else:
+            _require(not (iova | size) % PAGE)
             with function.message_dma.barred(iova, size):
-                function.engine.dma_unmap(iova, size)
-        return body, ()
+                size = function.engine.dma_unmap(iova, size)
+        return wire.DMA_UNMAP.pack(argsz, flags, iova, size), ()
 
     def _get_info(self, body: bytes, fds: Sequence[int]) -> Reply:
         _require(_unpack(wire.DEVICE_INFO, body, longer=True)[0] >= wire.DEVICE_INFO.size)
