@@ -26,7 +26,7 @@ from maia_rt.errors import (
 from maia_rt.pci.address import PciAddress
 from maia_rt.transport import kernel_uapi as k
 from maia_rt.transport.kernel_ioctl import call, open_node
-from maia_rt.transport.kernel_iommu import LOAD, mapping_refusal, not_viable, siblings
+from maia_rt.transport.kernel_iommu import LOAD, holder, mapping_refusal, not_viable
 from maia_rt.transport.mapping import PAGE_SIZE
 from maia_rt.transport.protocol import Access
 
@@ -57,7 +57,7 @@ class GroupIommu:
         try:
             self._container = open_node(dev / "vfio/vfio", self._name, hint=LOAD)
             self._check_container()
-            self._group = self._open_group(address, node, root)
+            self._group = self._open_group(address, node, dev, root)
             self.group: tuple[int, int] | None = (-1 if group is None else group, self._group)
             self._join(address, root)
             self._set_iommu()
@@ -69,11 +69,11 @@ class GroupIommu:
             self.close()
             raise
 
-    def _open_group(self, address: PciAddress, node: Path, root: Path) -> int:
+    def _open_group(self, address: PciAddress, node: Path, dev: Path, root: Path) -> int:
         try:
             return open_node(node, self._name, hint="bind the function to vfio-pci")
         except DeviceBusy as error:
-            raise DeviceBusy(error.what, cause=f"a process has the function open{siblings(address, root)}",
+            raise DeviceBusy(error.what, cause=holder(address, dev, root),
                              hint=error.hint) from None
         except DevicePermission as error:
             if not self._no_iommu:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from maia_rt.errors import DeviceBusy, DeviceNotFound, InvalidArgument, Unsupported
 from maia_rt.pci import sysfs
 from maia_rt.pci.address import PciAddress
+from maia_rt.pci.iommu import is_vfio
 from maia_rt.transport.kernel_group import GroupIommu
 from maia_rt.transport.kernel_iommu import LOAD, TURN_ON, Iommu
 from maia_rt.transport.kernel_iommufd import IommufdIommu
@@ -60,7 +61,7 @@ def _bound(address: PciAddress, *, no_iommu: bool, dev: Path, root: Path) -> sys
     function = sysfs.read_function(address, root=root)
     if not (dev / "vfio").exists():
         raise DeviceNotFound(f"{address}: the host has no VFIO: there is no {dev / 'vfio'}", hint=LOAD)
-    if function.driver is not None and "vfio" not in function.driver:
+    if function.driver is not None and not is_vfio(function.driver):
         raise DeviceBusy(f"{address}: the kernel drives the function with {function.driver}",
                          cause="it was not bound to vfio-pci", hint=f"maia bind {address}")
     if function.iommu_group is None and not no_iommu:

@@ -10,13 +10,14 @@ from typing import Final, Protocol
 from maia_rt.errors import DeviceBusy, InvalidArgument, MaiaError, MemlockLimit, TransportError
 from maia_rt.pci import sysfs
 from maia_rt.pci.address import PciAddress
+from maia_rt.pci.host import Host
+from maia_rt.pci.iommu import in_the_way, is_vfio
+from maia_rt.pci.usage import vfio_uses
 from maia_rt.transport.protocol import Access
 
 LOAD: Final = "load the driver: modprobe vfio-pci; without hardware use the emulated device"
 TURN_ON: Final = "turn the IOMMU on: intel_iommu=on or amd_iommu=on on the kernel's command line"
 UNLIMITED: Final = (1 << 31) - 1
-_NO_DMA: Final = ("pcieport", "pci-stub")
-"""Kernel drivers that make their device do no DMA, so that they may stay in a group that is given away."""
 
 
 class Iommu(Protocol):
@@ -59,23 +60,24 @@ class Iommu(Protocol):
 
 def not_viable(address: PciAddress, root: Path) -> DeviceBusy | None:
     """Say who else is in the function's IOMMU group and keeps it from being given away; None where nobody is."""
-    foreign = []
-    for member in sysfs.group_members(address, root=root):
-        driver = sysfs.read_function(member, root=root).driver
-        if driver is not None and driver not in _NO_DMA and "vfio" not in driver:
-            foreign.append(f"{member} ({driver})")
+    foreign = in_the_way(address, Host(sys=root.parents[1]))
     if not foreign:
         return None
+    names = ", ".join(f"{one.address} ({one.driver})" for one in foreign)
     return DeviceBusy(f"{address}: its IOMMU group cannot be given away",
-                      cause=f"the kernel drives others of the same group: {', '.join(foreign)}",
-                      hint="bind every function of the group to vfio-pci, or the others to no driver")
+                      cause=f"the kernel drives others of the same group: {names}",
+                      hint=f"take them too: maia bind {address} --group")
 
 
-def siblings(address: PciAddress, root: Path) -> str:
-    """Name the other functions of the group that VFIO has, for error texts; empty where there are none."""
+def holder(address: PciAddress, dev: Path, root: Path) -> str:
+    """Say who has the function, or another of its IOMMU group, open, as far as this user may see."""
+    uses = vfio_uses(address, Host(sys=root.parents[1], dev=dev), probe=False)
+    if uses:
+        return ", ".join(dict.fromkeys(use.text for use in uses))
     names = [str(member) for member in sysfs.group_members(address, root=root) if member != address
-             and "vfio" in (sysfs.read_function(member, root=root).driver or "")]
-    return f", or has another of its IOMMU group: {', '.join(names)}" if names else ""
+             and is_vfio(sysfs.read_function(member, root=root).driver)]
+    others = f", or has another of its IOMMU group: {', '.join(names)}" if names else ""
+    return f"this process, or another user's, has the function open{others}"
 
 
 def mapping_refusal(error: MaiaError, what: str, *, limit: str, account: str) -> MaiaError:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from maia_rt.errors import DeviceBusy, MaiaError, TransportError, Unsupported
 from maia_rt.pci.address import PciAddress
+from maia_rt.pci.iommu import is_vfio
+from maia_rt.pci.sysfs import group_members, read_function
 from maia_rt.transport import kernel_uapi as k
 from maia_rt.transport.kernel_ioctl import call, open_node
-from maia_rt.transport.kernel_iommu import LOAD, UNLIMITED, mapping_refusal, not_viable, siblings
+from maia_rt.transport.kernel_iommu import LOAD, UNLIMITED, holder, mapping_refusal, not_viable
 from maia_rt.transport.mapping import PAGE_SIZE
 from maia_rt.transport.protocol import Access
 
@@ -45,7 +47,7 @@ class IommufdIommu:
         try:
             self.device_fd = open_node(node, self._name, hint=LOAD)
             self._iommufd = open_node(dev / "iommu", self._name, hint="load the module: modprobe iommufd")
-            self._bind(address, node, root)
+            self._bind(address, node, dev, root)
             space = k.IommuIoasAlloc(ctypes.sizeof(k.IommuIoasAlloc), 0, 0)
             self._call(self._iommufd, k.IOMMU_IOAS_ALLOC, space, "IOMMU_IOAS_ALLOC")
             self._ioas: int = space.out_ioas_id
@@ -56,30 +58,29 @@ class IommufdIommu:
             self.close()
             raise
 
-    def _bind(self, address: PciAddress, node: Path, root: Path) -> None:
+    def _bind(self, address: PciAddress, node: Path, dev: Path, root: Path) -> None:
         bind = k.VfioDeviceBindIommufd(ctypes.sizeof(k.VfioDeviceBindIommufd), 0, self._iommufd, 0)
         what = "VFIO_DEVICE_BIND_IOMMUFD"
+        hint = f"find it with: fuser -v {node} /dev/vfio/*"
         try:
             self._call(self.device_fd, k.VFIO_DEVICE_BIND_IOMMUFD, bind, what)
-        except DeviceBusy as error:
-            raise DeviceBusy(f"{self._name}: in use through its IOMMU group",
-                             cause=f"a process has the function open{siblings(address, root)}",
-                             hint=error.hint or "find it with: fuser -v /dev/vfio/*") from None
+        except DeviceBusy:
+            raise DeviceBusy(f"{self._name}: in use through its IOMMU group", cause=holder(address, dev, root),
+                             hint=hint) from None
         except TransportError as error:
             # The kernel lets one process open a function's device, and tells a second one EINVAL.
             if error.errno == errno.EINVAL:
-                raise DeviceBusy(f"{self._name}: {node} is in use", cause="a process has the function open",
-                                 hint=f"find it with: fuser -v {node}") from None
+                raise DeviceBusy(f"{self._name}: {node} is in use", cause=holder(address, dev, root),
+                                 hint=hint) from None
             if error.errno != errno.EPERM:
                 raise
-            raise not_viable(address, root) or self._not_owned(address, root) from None
+            raise not_viable(address, root) or self._not_owned(address, hint, dev, root) from None
 
-    def _not_owned(self, address: PciAddress, root: Path) -> MaiaError:
-        others = siblings(address, root)
-        if others:
-            return DeviceBusy(f"{self._name}: its IOMMU group is in use",
-                              cause=f"a process has the function open{others}",
-                              hint="close that first: functions of one group cannot be opened one by one")
+    def _not_owned(self, address: PciAddress, hint: str, dev: Path, root: Path) -> MaiaError:
+        others = [one for one in group_members(address, root=root) if one != address]
+        if any(is_vfio(read_function(one, root=root).driver) for one in others):
+            return DeviceBusy(f"{self._name}: its IOMMU group is in use", cause=holder(address, dev, root),
+                              hint=f"{hint}; functions of one group are opened one at a time")
         return TransportError(f"{self._name}: VFIO_DEVICE_BIND_IOMMUFD: {os.strerror(errno.EPERM)}", errno=errno.EPERM,
                               cause="the platform does not remap interrupts",
                               hint="where the device is trusted: iommufd.allow_unsafe_interrupts=1 on the kernel's "

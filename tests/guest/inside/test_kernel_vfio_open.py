@@ -85,6 +85,7 @@ def test_a_function_in_use_is_busy_whichever_interface_asks(interface):
             assert "fuser" in three_parts(caught.value)
         said = in_child(lambda: open_device(find(EDU), interface=interface))
         assert said.startswith("DeviceBusy"), said
+        assert f"process {os.getpid()} " in said, "who has it is named"
     with opened(EDU, interface):
         pass
 
@@ -107,6 +108,7 @@ def test_a_group_with_foreign_functions_names_them(interface):
         with pytest.raises(DeviceBusy) as caught:
             open_device(first, interface=interface)
         assert f"{second} (nvme)" in three_parts(caught.value)
+        assert f"maia bind {first} --group" in caught.value.hint
         unbind(second)
         with open_device(first, interface=interface) as device:
             assert device.read(PciRegion.CONFIG, 0, 2) == NVME[0]
