@@ -45,7 +45,7 @@ _END_SECONDS: Final = 0.5
 """How long a process that was killed may take to end, where the kernel does not hold it."""
 
 _stuck: list[subprocess.Popen[bytes]] = []
-"""Processes that the kernel has not let go yet; looked at again whenever one is added."""
+"""Processes that the kernel has not let go yet; looked at again whenever an attribute is."""
 
 
 class Attributes:
@@ -112,6 +112,7 @@ class Attributes:
         return text
 
     def _running(self) -> subprocess.Popen[bytes]:
+        _stuck[:] = [process for process in _stuck if process.poll() is None]
         if self._process is None:
             # A session of its own: an interrupt from the terminal must not end it between two steps.
             self._process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _PROGRAM], stdin=subprocess.PIPE,
@@ -126,7 +127,6 @@ class Attributes:
             if stream is not None:
                 stream.close()
         process.kill()
-        _stuck[:] = [one for one in _stuck if one.poll() is None]
         try:
             process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
