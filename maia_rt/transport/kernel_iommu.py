@@ -72,12 +72,10 @@ def not_viable(address: PciAddress, root: Path) -> DeviceBusy | None:
 def holder(address: PciAddress, dev: Path, root: Path) -> str:
     """Say who has the function, or another of its IOMMU group, open, as far as this user may see."""
     uses = vfio_uses(address, Host(sys=root.parents[1], dev=dev), probe=False)
-    if uses:
-        return ", ".join(dict.fromkeys(use.text for use in uses))
+    who = ", ".join(dict.fromkeys(use.text for use in uses)) or "this process, or another user's, has it open"
     names = [str(member) for member in sysfs.group_members(address, root=root) if member != address
              and is_vfio(sysfs.read_function(member, root=root).driver)]
-    others = f", or has another of its IOMMU group: {', '.join(names)}" if names else ""
-    return f"this process, or another user's, has the function open{others}"
+    return f"{who}, for itself or for others of its IOMMU group: {', '.join(names)}" if names else who
 
 
 def mapping_refusal(error: MaiaError, what: str, *, limit: str, account: str) -> MaiaError:
