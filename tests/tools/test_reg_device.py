@@ -67,7 +67,7 @@ def test_arrays_are_as_long_as_the_device_says(reg):
 def test_what_is_not_described_or_write_only_is_left_out_of_a_range_and_refused_alone(reg):
     done = reg("read", "bar0:0xc0..0xd8")
     assert done.returncode == 0
-    assert "left out: SEMAPHORE_OP, WAKE: it is write-only" in done.stderr
+    assert "left out: SEMAPHORE_OP, WAKE: write-only" in done.stderr
     assert "no register is described there" in done.stderr
     for name in ("wake", "0x98"):
         done = reg("read", name)

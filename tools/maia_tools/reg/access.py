@@ -123,7 +123,7 @@ class Access:
                 verb = {"clear": "clears", "set": "sets"}.get(fields[0].on_read, "acts on")
                 return f"reading it {verb} {', '.join(f.name for f in fields)}"
             if not (place.field or place.register).readable:
-                return "it is write-only"
+                return "write-only"
             return ""
         for register, indexes in place.space.covering(place.offset, place.size):
             if register.changed_by_reading:
