@@ -17,6 +17,7 @@ from maia_rt._fast.ring import (
     WAIT_DONE,
     WAIT_LOST,
     WAIT_STOPPED,
+    WAIT_TIMED_OUT,
     QueueStopped,
     Ring,
 )
@@ -51,7 +52,7 @@ LONGEST_SECONDS: Final = 1e9
 """No wait is without a deadline."""
 
 SLICE_SECONDS: Final = 0.5
-"""How often a wait looks whether the device is still there, where the transport cannot tell by itself."""
+"""How often a wait looks whether the device is still there: the kernel's VFIO is silent where one just vanishes."""
 
 
 @dataclass(frozen=True)
@@ -279,8 +280,9 @@ class QueuePair:
             self._check_lost(sequence)
         if not 0 <= seconds <= LONGEST_SECONDS:
             raise InvalidArgument(f"a time-out is 0 to {LONGEST_SECONDS:g} seconds, not {seconds}")
-        status = self.ring.wait(sequence, int(seconds * 1e9)) if self._port.liveness_fd >= 0 else self._sliced(
-            sequence, seconds)
+        status = self.ring.wait(sequence, int(min(seconds, SLICE_SECONDS) * 1e9))
+        if status == WAIT_TIMED_OUT and seconds > SLICE_SECONDS:
+            status = self._wait_on(sequence, seconds - SLICE_SECONDS)
         if status == WAIT_DONE:
             return
         if status == WAIT_STOPPED:
@@ -292,14 +294,13 @@ class QueuePair:
             raise ClosedError(f"{self.ring.name} was closed during a wait")
         raise self._timeout(sequence, seconds)
 
-    def _sliced(self, sequence: int, seconds: float) -> int:
-        left = seconds
-        while True:
+    def _wait_on(self, sequence: int, left: float) -> int:
+        status = WAIT_TIMED_OUT
+        while status == WAIT_TIMED_OUT and left > 0:
+            self._port.check_alive()
             status = self.ring.wait(sequence, int(min(left, SLICE_SECONDS) * 1e9))
             left -= SLICE_SECONDS
-            if status in (WAIT_DONE, WAIT_STOPPED, WAIT_CLOSED, WAIT_LOST) or left <= 0:
-                return status
-            self._port.check_alive()
+        return status
 
     def kick(self) -> None:
         """Make waiting threads look again."""
