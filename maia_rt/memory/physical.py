@@ -42,9 +42,13 @@ def physical_ranges(memory: DmaMemory) -> list[tuple[int, int]]:
     if _libc.mlock(ctypes.c_void_p(memory.address), ctypes.c_size_t(memory.size)):
         code = ctypes.get_errno()
         raise MemlockLimit(f"{memory.size} bytes cannot be locked: {os.strerror(code)}", hint="raise ulimit -l")
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        count = memory.size // PAGE_SIZE
-        entries = struct.unpack(f"={count}Q", os.pread(pagemap.fileno(), 8 * count, memory.address // PAGE_SIZE * 8))
+    count = memory.size // PAGE_SIZE
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            data = os.pread(pagemap.fileno(), 8 * count, memory.address // PAGE_SIZE * 8)
+        entries = struct.unpack(f"={count}Q", data)
+    except PermissionError:
+        entries = (_PRESENT,)
     ranges: list[tuple[int, int]] = []
     for entry in entries:
         if not entry & _PRESENT:

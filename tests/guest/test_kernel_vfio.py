@@ -1,13 +1,15 @@
 """The kernel's VFIO drives devices that nobody here wrote, and ours, in guests: by group on both kernels, by cdev too
 on the one that has it."""
 
+import contextlib
+import tempfile
 import time
 
 import pytest
 from guest.lab import qemu
 from guest.lab.guest import Guest
 
-from tests.helpers.emulator import running
+from tests.helpers.emulator import listening, spawn
 
 SLOW = 900
 """Seconds that a whole run may take on a busy machine."""
@@ -61,8 +63,13 @@ def test_without_an_iommu_functions_open_by_explicit_wish_only(boot):
 @pytest.mark.timeout(SLOW)
 def test_a_device_whose_server_dies_is_reported_lost_on_both_interfaces(lab):
     """Not by `boot`: QEMU has every reason to complain."""
-    with running(devices=2) as (process, sockets), Guest(qemu.Machine(sockets=sockets)) as guest:
-        guest.run("cd /maia; for one in 'group 0' 'cdev 1'; do PYTHONPATH=$PYTHONPATH:tests nohup python3 "
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maia-"))
+        process = stack.enter_context(spawn("--socket", f"{folder}/s", "--devices", "2"))
+        stack.callback(process.kill)
+        guest = Guest(qemu.Machine(sockets=listening(process, 2))).boot()
+        stack.callback(guest.kill)  # without its server's devices a guest is slow to end
+        guest.run("cd /maia; for one in 'group 0' 'cdev 1'; do PYTHONPATH=$PYTHONPATH:tests python3 "
                   "tests/guest/inside/lose_device.py $one >/tmp/lost-${one% *} 2>&1 & done")
         await_lines(guest, "opened")
         process.kill()
