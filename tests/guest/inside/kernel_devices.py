@@ -1,4 +1,4 @@
-"""The devices of the guests of tests/guest/test_kernel_vfio.py: where they are and how they work."""
+"""The devices of the guests of tests/guest/test_inside.py: where they are and how they work."""
 
 import contextlib
 import errno

@@ -216,6 +216,7 @@ def test_bound_it_opens_and_released_it_is_with_its_driver_again(find):
     assert override(address) == "(null)"
 
 
+@pytest.mark.own_kernel
 def test_a_second_bind_or_release_says_so_and_is_no_error():
     address = edu()
     assert maia("release", address).stdout == f"{address}: has no driver already\n"
@@ -228,6 +229,7 @@ def test_a_second_bind_or_release_says_so_and_is_no_error():
     assert (again.returncode, again.stdout) == (0, f"{address}: has no driver already\n")
 
 
+@pytest.mark.own_kernel
 def test_the_json_of_each_command_has_a_schema():
     address = edu()
     listed = json.loads(maia("ls", "--json").stdout)
@@ -243,6 +245,7 @@ def test_the_json_of_each_command_has_a_schema():
     assert json.loads(maia("release", address, "--json").stdout)["functions"][0]["driver"] is None
 
 
+@pytest.mark.own_kernel
 def test_several_are_bound_all_or_none():
     first, second = edu(), maia_device()
     done = maia("bind", second, first, "ffff:ff:1f.7")
@@ -255,6 +258,7 @@ def test_several_are_bound_all_or_none():
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 def test_what_cannot_be_bound_is_refused_in_three_lines():
     for arguments, code, words in (
         (["bind", "0000:00:00.0"], 2, "host bridge"), (["bind", "00:1f.0"], 2, "ISA bridge"),
@@ -273,6 +277,7 @@ def test_a_driver_that_does_not_exist_is_named_and_nothing_changes():
     assert machine() == before
 
 
+@pytest.mark.own_kernel
 def test_anybody_may_see_the_plan_and_only_root_may_bind():
     address = edu()
 
@@ -291,6 +296,7 @@ def test_anybody_may_see_the_plan_and_only_root_may_bind():
 # --- failures in the middle --------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 def test_a_driver_that_refuses_the_function_leaves_it_as_it_was():
     address = edu()
     with pytest.raises(TransportError, match=f"does not take .*{address} is as before: no driver") as caught:
@@ -301,6 +307,7 @@ def test_a_driver_that_refuses_the_function_leaves_it_as_it_was():
     failed(maia("bind", address, "--driver", "virtio-pci"), 1)
 
 
+@pytest.mark.own_kernel
 def test_left_over_overrides_are_cleared_by_release():
     address = edu()
     (PCI / "devices" / address / "driver_override").write_text("vfio-pci\n")
@@ -308,6 +315,7 @@ def test_left_over_overrides_are_cleared_by_release():
     assert override(address) == "(null)"
 
 
+@pytest.mark.own_kernel
 def test_a_bind_that_was_killed_half_way_is_finished_by_release_or_bind():
     address = edu()
     bind(address)
@@ -358,6 +366,7 @@ def test_a_device_that_a_program_drives_is_not_taken_from_it(how):
     assert maia("release", address).returncode == 0
 
 
+@pytest.mark.own_kernel
 def test_ls_says_who_drives_a_function_and_to_bind_it_again_is_no_error():
     address = maia_device()
     bind(address, user=USER)
@@ -390,6 +399,7 @@ def test_the_kernels_wait_for_a_program_is_cut_off_and_finished_later(monkeypatc
     assert override(address) == "(null)"
 
 
+@pytest.mark.own_kernel
 def test_two_binds_at_once_do_not_meet():
     address = edu()
     children = [Child(lambda: vars(maia("bind", address))) for _ in range(2)]
@@ -400,6 +410,7 @@ def test_two_binds_at_once_do_not_meet():
     assert sorted("already" in one["stdout"] for one in done) == [False, True]
 
 
+@pytest.mark.own_kernel
 def test_a_bind_waits_for_another_only_so_long(monkeypatch):
     monkeypatch.setattr(binding, "LOCK_SECONDS", 0.2)
     with record.locked(HOST, 1), pytest.raises(DeviceBusy, match=f"process {os.getpid()}"):
@@ -428,6 +439,7 @@ def test_the_user_who_was_given_it_opens_it_without_being_root():
 # --- with a driver of the kernel's -------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 class TestNvmeDriver:
     """The small kernel's own driver holds the disk."""
 
@@ -528,6 +540,7 @@ class TestNvmeDriver:
         assert release(address)[0].driver == "nvme"
 
 
+@pytest.mark.own_kernel
 class TestGroup:
     """Two edu devices and a virtio one behind a conventional bridge: one IOMMU group."""
 
@@ -573,6 +586,7 @@ class TestGroup:
         assert not any(one.class_code >> 8 == 0x0604 for one in iommu.in_the_way(function(first).address, HOST))
 
 
+@pytest.mark.no_iommu
 class TestNoIommu:
     """A machine whose IOMMU is off."""
 

@@ -12,7 +12,7 @@ from maia_rt.transport import open_device
 from maia_rt.transport.uapi import PciIrq, PciRegion
 
 MODE = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
-pytestmark = pytest.mark.filterwarnings("ignore:.*without an IOMMU:RuntimeWarning")
+pytestmark = [pytest.mark.no_iommu, pytest.mark.filterwarnings("ignore:.*without an IOMMU:RuntimeWarning")]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,8 @@ class Machine:
     kernel : {'stock', 'own'}
     iommu : {'intel', 'virtio', 'amd', 'none'}
     sockets : list of path
-        vfio-user servers, each behind a root port of its own: ``rp0``, ``rp1`` ...; the devices are ``maia0`` ...
+        vfio-user servers, each behind a root port of its own: ``rp0``, ``rp1`` ...; the devices are ``maia0`` ... The
+        first comes before all other devices, the rest after them.
     edu : int
         How many of QEMU's edu devices.
     nvme : path, optional
@@ -82,15 +84,16 @@ class Machine:
             machine += ",memory-backend=mem"
         words = ["-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self.cpus), "-m",
                  str(self.memory), *words, "-nodefaults", "-display", "none", *iommu]
-        for number, socket in enumerate(self.sockets):
-            words += ["-device", f"pcie-root-port,id=rp{number},chassis={number + 1},bus=pcie.0"]
-            words += vfio_user(socket, id=f"maia{number}", bus=f"rp{number}")
+        servers = [["-device", f"pcie-root-port,id=rp{number},chassis={number + 1},bus=pcie.0",
+                    *vfio_user(socket, id=f"maia{number}", bus=f"rp{number}")]
+                   for number, socket in enumerate(self.sockets)]
+        words += itertools.chain(*servers[:1])
         for number in range(self.edu):
             words += ["-device", f"edu,id=edu{number}"]
         if self.nvme:
             words += ["-drive", f"if=none,id=nvme0,file={self.nvme},format=raw",
                       "-device", "nvme,serial=MAIA-GUEST-LAB,drive=nvme0,id=nvme"]
-        return words + self.arguments
+        return [*words, *self.arguments, *itertools.chain(*servers[1:])]
 
     def kernel_line(self) -> str:
         """The kernel's command line."""
