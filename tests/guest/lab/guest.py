@@ -228,7 +228,8 @@ class Guest:
     def qmp(self, execute, **arguments):
         """Give QEMU a command of its monitor protocol and return the result; ``id_`` stands for ``id``."""
         if self._monitor is None:
-            self._monitor = self._connect("qmp").makefile("rwb")
+            with self._connect("qmp") as port:
+                self._monitor = port.makefile("rwb")  # it keeps the connection
             self._monitor.readline()
             self._ask("qmp_capabilities", {})
         return self._ask(execute, {name.rstrip("_").replace("_", "-") if name.endswith("_") else name: value
