@@ -20,8 +20,8 @@ from maia_rt.errors import (
 )
 from maia_rt.transport import kernel_uapi as k
 from maia_rt.transport.kernel import KernelDevice
-from maia_rt.transport.kernel_ioctl import open_node, refusal
 from maia_rt.transport.kernel_group import parse_type1_caps
+from maia_rt.transport.kernel_ioctl import open_node, refusal
 
 ADDRESS = "0000:3b:00.0"
 
