@@ -14,13 +14,14 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/register-tool-sessions.md"
@@ -121,39 +122,58 @@ def normalized(text: str) -> str:
 # In the guest.
 
 
+def _become(command: str) -> NoReturn:
+    """Be the command, in the child: ``maia`` by what is imported already, as a start takes seconds in a guest."""
+    os.environ.update(TERM="dumb", NO_COLOR="1", COLUMNS="120")
+    if not command.startswith("maia "):
+        os.execvp("sh", ["sh", "-c", command])
+    code = 1
+    try:
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        from maia_tools import cli
+
+        code = cli.main(shlex.split(command)[1:])
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
 def play(step: Step) -> str:
     """Run one command on a pseudo terminal and type its answers; what the terminal showed."""
-    here, there = pty.openpty()
-    env = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "120"}
-    process = subprocess.Popen(["sh", "-c", step.command], stdin=there, stdout=there, stderr=there, env=env,
-                               start_new_session=True)
-    os.close(there)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        _become(step.command)
     shown, answers, seen = "", list(step.answers), 0
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        if not select.select([here], [], [], 0.5)[0]:
+        if not select.select([terminal], [], [], 0.5)[0]:
             continue
         try:
-            data = os.read(here, 65536)
+            data = os.read(terminal, 65536)
         except OSError:  # the command has ended
             break
         shown += data.decode(errors="replace")
         if answers and (match := re.search(answers[0][0], shown[seen:])):
             seen += match.end()
             time.sleep(SETTLE_SECONDS)
-            os.write(here, (answers.pop(0)[1] + "\n").encode())
+            os.write(terminal, (answers.pop(0)[1] + "\n").encode())
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         shown += f"\n[no end within {SECONDS} s]\n"
-    process.wait()
-    os.close(here)
-    if process.returncode:
-        shown += f"[exit code {process.returncode}]\n"
-    return shown
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    return shown + (f"[exit code {code}]\n" if code else "")
 
 
 def inside(name: str) -> None:
     """Play one session and print it."""
+    import prompt_toolkit  # noqa: F401
+    import systemrdl  # noqa: F401
+    from maia_tools import binding  # noqa: F401
+    from maia_tools.reg import command  # noqa: F401
+
+    from maia_rt.transport import kernel  # noqa: F401
+
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("ready.py").write_text(READY)

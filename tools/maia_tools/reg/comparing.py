@@ -71,5 +71,6 @@ def diff(left: str, right: str, spaces: tuple[str, ...], ignore: tuple[str, ...]
             {"name": d.name, "a": d.left, "b": d.right} for d in found]})
     elif found:
         print_table(["register", "A", "B"], [[d.name, d.left or "missing", d.right or "missing"] for d in found])
-    click.echo(f"{len(one.keys() & two.keys())} registers compared, {len(found)} difference{'' if len(found) == 1 else 's'}", err=True)
+    plural = "" if len(found) == 1 else "s"
+    click.echo(f"{len(one.keys() & two.keys())} registers compared, {len(found)} difference{plural}", err=True)
     return 1 if found else 0
