@@ -70,6 +70,13 @@ def _leaks(before: dict[str, str]) -> dict[str, str]:
     return {name: what for name, what in after.items() if before.get(name) != what}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_not_garbage():
+    """Spare the collector what was imported and collected before the first test: it is most of what it would look at."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
     """Fails a test that passed but left something behind. Mark a test ``leaks`` with the reason where it must."""
