@@ -72,7 +72,7 @@ def _leaks(before: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_are_not_garbage():
-    """Spare the collector what was imported and collected before the first test: it is most of what it would look at."""
+    """Spare the collector what there is before the first test, most of what it would look at after each."""
     gc.collect()
     gc.freeze()
 

@@ -34,13 +34,17 @@ class Qmp:
             assert "QMP" in self._receive()
             self("qmp_capabilities")
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the connection."""
         if self._lines is not None:
             self._lines.close()
         self._socket.close()

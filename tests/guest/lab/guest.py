@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+
+from helpers.qmp import Qmp, QmpError
 
 from . import kernel, qemu, root
 from .archive import Archive
@@ -226,27 +227,13 @@ class Guest:
     # --- the machine -------------------------------------------------------------------------------------------------
 
     def qmp(self, execute, **arguments):
-        """Give QEMU a command of its monitor protocol and return the result; ``id_`` stands for ``id``."""
+        """Give QEMU a command of its monitor protocol and return the answer: see :class:`helpers.qmp.Qmp`."""
         if self._monitor is None:
-            with self._connect("qmp") as port:
-                self._monitor = port.makefile("rwb")  # it keeps the connection
-            self._monitor.readline()
-            self._ask("qmp_capabilities", {})
-        return self._ask(execute, {name.rstrip("_").replace("_", "-") if name.endswith("_") else name: value
-                                   for name, value in arguments.items()})
-
-    def _ask(self, execute, arguments):
-        self._monitor.write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
-        self._monitor.flush()
-        while True:
-            line = self._monitor.readline()
-            if not line:
-                raise GuestError(f"QEMU ended at {execute}\n{self.report()}")
-            answer = json.loads(line)
-            if "error" in answer:
-                raise GuestError(f"QEMU refused {execute}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
+            self._monitor = Qmp(str(self.folder / "qmp"))
+        try:
+            return self._monitor(execute, **arguments)
+        except (QmpError, EOFError) as error:
+            raise GuestError(f"QEMU refused {execute}, or ended: {error}\n{self.report()}") from None
 
     @property
     def pid(self):
@@ -277,9 +264,10 @@ class Guest:
 
     def kill(self):
         """End QEMU at once and delete what belongs to the guest; returns what QEMU said."""
-        for port in (self._monitor, self._port):
-            if port is not None:
-                port.close()
+        if self._monitor is not None:
+            self._monitor.close()
+        if self._port is not None:
+            self._port.close()
         self._monitor = self._port = None
         if self._process is not None:
             if self._process.poll() is None:
