@@ -86,7 +86,7 @@ def test_removed_device_is_asked_back_from_its_program_and_found_again(guest):
 def test_hot_unplug_asks_the_program_for_the_device_and_lets_it_go(guest):
     """The last one with this guest, which QEMU 11.1.3 takes with it once the slot is off."""
     at_work(guest)
-    guest.qmp("device_del", id_="maia0")
+    guest.qmp("device_del", id="maia0")
     said = ""
     try:
         said = await_work(guest, "wanted back after")
@@ -118,7 +118,7 @@ def test_server_that_ends_under_a_program_is_a_lost_device_and_another_takes_its
         assert "Traceback" not in said
         process = spawn("--socket", path)
         listening(process, 1)
-        guest.qmp("device_add", driver="vfio-user-pci", id_="maia1", bus="spare", socket={"type": "unix", "path": path})
+        guest.qmp("device_add", driver="vfio-user-pci", id="maia1", bus="spare", socket={"type": "unix", "path": path})
         deadline = time.monotonic() + SECONDS
         while guest.run(f"test -e /sys/bus/pci/devices/{SECOND}", check=False).returncode:
             assert time.monotonic() < deadline
