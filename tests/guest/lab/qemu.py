@@ -72,7 +72,7 @@ class Machine:
     nvme: Path | None = None
     memory: int = 1024
     shared: bool = True
-    cpus: int = 2
+    cpus: int = 1
     arguments: list = field(default_factory=list)
     cmdline: list = field(default_factory=list)
 
@@ -100,7 +100,7 @@ class Machine:
     def kernel_line(self) -> str:
         """The kernel's command line."""
         _, words = _IOMMUS[self.iommu]
-        return " ".join(["console=ttyS0", "rdinit=/init", "panic=-1", "random.trust_cpu=on", words, *self.cmdline])
+        return " ".join(["console=ttyS0", "rdinit=/init", "panic=-1", "random.trust_cpu=on", "mitigations=off", words, *self.cmdline])
 
 
 def nvme_image(path: Path) -> Path:
