@@ -100,7 +100,8 @@ class Machine:
     def kernel_line(self) -> str:
         """The kernel's command line."""
         _, words = _IOMMUS[self.iommu]
-        return " ".join(["console=ttyS0", "rdinit=/init", "panic=-1", "random.trust_cpu=on", "mitigations=off", words, *self.cmdline])
+        return " ".join(["console=ttyS0", "rdinit=/init", "panic=-1", "random.trust_cpu=on", "mitigations=off", words,
+                         *self.cmdline])
 
 
 def nvme_image(path: Path) -> Path:
