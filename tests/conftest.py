@@ -82,7 +82,8 @@ def nothing_is_left_behind(request):
     """Fails a test that passed but left something behind. Mark a test ``leaks`` with the reason where it must."""
     gc.collect()
     # OpenBLAS ends its threads at a fork and starts them again at the next large product: count them in the baseline.
-    _SQUARE @ _SQUARE
+    if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
+        _SQUARE @ _SQUARE
     before = held()
     yield
     if request.node.get_closest_marker("leaks"):
