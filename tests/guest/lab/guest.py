@@ -208,7 +208,7 @@ class Guest:
         variables = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in (environment or {}).items())
         words = shlex.join(map(str, arguments))
         started = time.monotonic()
-        # Without plugins of other packages: pytest would compile all of hypothesis anew, which takes half a minute here.
+        # Without plugins of other packages: pytest would compile all of hypothesis anew, half a minute each time.
         done = self.run(f"cd /maia && rm -f /tmp/report.xml && PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {variables} "
                         "python3 -m pytest -q -p no:cacheprovider -p pytest_timeout "
                         f"-o junit_family=xunit1 --junitxml=/tmp/report.xml {words}", timeout=timeout, check=False)
