@@ -99,14 +99,12 @@ def test_the_shell_completes_remembers_and_goes_on_after_an_error(terminal, tmp_
     session.type("read heart\t")
     session.wait("HEARTBEAT")
     session.type("\r")
-    session.wait(r"HEARTBEAT\s+bar0:0x0088")
-    session.wait("maia>")
+    # The prompt after the answer, not the one before: keys between the two are lost.
+    session.wait(r"(?s)HEARTBEAT\s+bar0:0x0088.*maia>")
     session.type("read nope\r")
-    session.wait("no register nope")
-    session.wait("maia>")
+    session.wait("(?s)no register nope.*maia>")
     session.type("scratch = 5\r")
-    session.wait("only reads")
-    session.wait("maia>")
+    session.wait("(?s)only reads.*maia>")
     session.type("\x04")
     assert session.end() == 0
     history = tmp_path / "maia-rt" / "history"
@@ -120,8 +118,7 @@ def test_the_shell_asks_before_each_write(terminal):
     session.type("scratch = 5\r")
     session.wait(r"Write\?")
     session.type("y\r")
-    session.wait("SCRATCH 0x00000000 -> 0x00000005")
-    session.wait("maia>")
+    session.wait("(?s)SCRATCH 0x00000000 -> 0x00000005.*maia>")
     session.type("quit\r")
     assert session.end() == 0
 
