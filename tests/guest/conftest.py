@@ -13,8 +13,9 @@ import sys
 from collections import Counter
 
 import pytest
-from guest.lab import debian, kernel, qemu, root
+from guest.lab import kernel, qemu, root
 from guest.lab.guest import Guest
+from helpers import guest_lab
 
 from tests.conftest import held
 from tests.helpers.emulator import eventually, running
@@ -52,10 +53,8 @@ def nothing_is_left_running():
 
 @pytest.fixture(scope="session")
 def lab(request):
-    """Build what guests need; skips where that cannot be, but CI can have a lab, so there it fails."""
-    reason = debian.missing()
-    if reason is not None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    """Build what guests need."""
+    guest_lab.require()
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print(flush=True, file=sys.stderr)

@@ -1,10 +1,9 @@
 """A QEMU as the emulator's client, without a guest: a test is the guest, through the qtest socket."""
 
 import contextlib
-import os
 
 import pytest
-from guest.lab import debian
+from helpers import guest_lab
 from helpers.emulator import running
 from helpers.qtest import Machine, vfio_user
 from helpers.qtest_device import Device
@@ -12,10 +11,8 @@ from helpers.qtest_device import Device
 
 @pytest.fixture(scope="session", autouse=True)
 def lab():
-    """Skips where there can be no QEMU of the lab; but CI can have one, so there it fails."""
-    reason = debian.missing()
-    if reason is not None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    """The lab's QEMU."""
+    guest_lab.require()
 
 
 @pytest.fixture

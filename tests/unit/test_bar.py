@@ -25,15 +25,9 @@ PAGE = 4096
 READ_WRITE, MAPPED = 3, 7
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running() as (process, paths):
-        yield process, paths[0]
-
-
 @pytest.fixture
-def device(server):
-    with open_device(server[1]) as opened:
+def device(emulator):
+    with open_device(emulator[1]) as opened:
         yield opened
 
 
@@ -100,8 +94,8 @@ def test_a_closed_bar_refuses_and_holds_no_mapping(device):
             bar.poll32(0, mask=1, value=0, timeout=0)
 
 
-def test_a_device_closes_without_a_word_after_its_bars(server, caplog):
-    with open_device(server[1]) as device, Bar(device, 2), Bar(device, 4):
+def test_a_device_closes_without_a_word_after_its_bars(emulator, caplog):
+    with open_device(emulator[1]) as device, Bar(device, 2), Bar(device, 4):
         pass
     assert not caplog.records
 

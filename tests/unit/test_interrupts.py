@@ -12,15 +12,9 @@ from maia_rt.errors import ClosedError, DeviceLost, DeviceTimeout, ForkedError, 
 from maia_rt.transport import ConfigSpace, Interrupts, PciIrq, open_device
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running() as (process, paths):
-        yield process, paths[0]
-
-
 @pytest.fixture
-def device(server):
-    with open_device(server[1]) as opened:
+def device(emulator):
+    with open_device(emulator[1]) as opened:
         yield opened
 
 
@@ -136,8 +130,8 @@ def test_closed_interrupts_refuse_and_can_be_enabled_again(device):
         assert again.wait(timeout=2) == 1
 
 
-def test_interrupts_close_after_their_device(server):
-    with open_device(server[1]) as device:
+def test_interrupts_close_after_their_device(emulator):
+    with open_device(emulator[1]) as device:
         interrupts = Interrupts(device)
     interrupts.close()
 
