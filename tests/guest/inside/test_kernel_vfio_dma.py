@@ -236,9 +236,14 @@ if "cdev" in INTERFACES:
 def test_a_peer_that_closes_first_stays_open_for_the_kernel_until_it_is_unmapped():
     with opened(EDU, "group") as device:
         with opened(SHARED_MEMORY, "group") as other, PeerMemory(other, PciRegion.BAR2, 0, 0x1000) as peer:
+            data = pattern()
+            peer.view()[:0x1000] = data
             device.dma_map(0x40_0000, peer)
         edu = Edu(device)
-        edu.store(0x40_0000)
+        with mapped(device, 0x10_0000) as region:
+            edu.fetch(0x40_0000)
+            edu.store(0x10_0000)
+            assert bytes(region.view()) == data
         device.dma_unmap(0x40_0000, 0x1000)
     with opened(SHARED_MEMORY, "group"):
         pass
