@@ -19,7 +19,7 @@ import pytest
 from guest.lab import qemu
 from guest.lab.guest import Guest
 
-from tests.guest.conftest import COUNTED, GUEST_SECONDS
+from tests.guest.conftest import COUNTED, GUEST_SECONDS, past_qemus_abort
 from tests.helpers.emulator import environment, listening, spawn
 
 KERNELS = {"stock": "vfio-group", "own": "vfio-cdev"}
@@ -118,10 +118,12 @@ class Steps:
 
 
 def lost_device():
-    """Kill the server of two devices under programs that drive them; what these say, by interface.
+    """Kill the server of two devices under programs that drive them; what these say, by interface."""
+    return past_qemus_abort(lose_devices)
 
-    Most of it is the guest's kernel waiting for the devices to come back.
-    """
+
+def lose_devices():
+    # Most of it is the guest's kernel waiting for the devices to come back.
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maia-"))
         process = stack.enter_context(spawn("--socket", f"{folder}/s", "--devices", "2"))
