@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maia_rt.runtime.buffer import Buffer, HostBuffer
+    from maia_rt.runtime.copy import CopyPath
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.discovery import DeviceInfo, devices, open
     from maia_rt.runtime.event import Event
     from maia_rt.runtime.program import Kernel, Program
-    from maia_rt.runtime.stream import CopyPath, Stream
+    from maia_rt.runtime.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ __all__ = [
 
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
 _HOMES = {
-    "Buffer": "buffer", "CopyPath": "stream", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
+    "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
     "HostBuffer": "buffer", "Kernel": "program", "Program": "program", "Stream": "stream", "devices": "discovery",
     "open": "discovery",
 }

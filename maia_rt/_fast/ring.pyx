@@ -22,7 +22,8 @@ from libc.string cimport memcpy, memset
 from maia_rt._fast.atomics cimport fence, load32, load64, now_ns, prefetch_for_write, store32
 from maia_rt._fast.command cimport Command
 from maia_rt._fast.commands cimport (
-    COMMAND_BYTES, FLAG_REPORT, OPCODE_LAUNCH, OPCODE_NOP, PROGRESS_BYTES, command_t, progress_t, report_t,
+    COMMAND_BYTES, FLAG_REPORT, OPCODE_LAUNCH, OPCODE_NOP, PROGRESS_BYTES, command_t, progress_t,
+    report_t, semaphore_op_t,
 )
 from maia_rt._fast.registers cimport DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
 from maia_rt._fast.waiters cimport CLOSED, DONE, LOST, STOPPED, TIMED_OUT, Waiters, pthread_mutex_t
@@ -202,6 +203,24 @@ cdef class Ring:
         """
         cdef command_t *slot = Ring_slot(self, flags)
         Ring_encode(slot, opcode, flags, units, a, b, c)
+        return Ring_publish(self, slot)
+
+    def submit_with(self, uint8_t opcode, uint8_t flags, uint32_t units, uint64_t a, uint64_t b, uint64_t c,
+                    tuple pre not None, tuple post not None):
+        """Submit one command with semaphore operations; return its sequence number. Raises as `submit`.
+
+        Parameters
+        ----------
+        opcode, flags, units, a, b, c : int
+        pre, post : tuple of (semaphore, operation, value)
+            Up to two each.
+        """
+        cdef command_t raw
+        Ring_encode(&raw, opcode, flags, units, a, b, c)
+        Ring_semaphores(self, raw.pre, pre)
+        Ring_semaphores(self, raw.post, post)
+        cdef command_t *slot = Ring_slot(self, flags)
+        slot[0] = raw
         return Ring_publish(self, slot)
 
     def submit_encoded(self, Command command not None):
@@ -450,6 +469,18 @@ cdef inline void Ring_encode(command_t *slot, uint8_t opcode, uint8_t flags, uin
     slot.payload[0] = a
     slot.payload[1] = b
     slot.payload[2] = c
+
+
+cdef int Ring_semaphores(Ring self, semaphore_op_t *slots, tuple operations) except -1:
+    cdef Py_ssize_t i
+    if len(operations) > 2:
+        raise InvalidArgument(f"{self.name}: a command has two semaphore operations of a kind, not {len(operations)}")
+    for i in range(len(operations)):
+        index, op, value = operations[i]
+        slots[i].index = index
+        slots[i].op = op
+        slots[i].value = value
+    return 0
 
 
 cdef inline object Ring_publish(Ring self, command_t *slot):

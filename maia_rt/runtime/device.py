@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,9 @@ class Device:
     timeout : float
         How long streams and waits have, in seconds, unless they are told otherwise.
     """
+
+    _validator: Any = None
+    """What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`."""
 
     def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
                  timeout: float = DEFAULT_TIMEOUT) -> None:

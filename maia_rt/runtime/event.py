@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from maia_rt.errors import InvalidArgument
@@ -9,6 +10,7 @@ from maia_rt.queue import QueuePair, Timing
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
+    from maia_rt.runtime.stream import Stream
 
 
 class Event:
@@ -26,16 +28,25 @@ class Event:
     def __init__(self, device: Device, timing: bool = False) -> None:
         self.device = device
         self.timing = timing
+        # The moment: a sequence number on a queue. None: never recorded.
         self._queue: QueuePair | None = None
         self._sequence = 0
+        self._stream: weakref.ref[Stream] | None = None
         self._time: Timing | None = None
 
-    def _record(self, queue: QueuePair) -> None:
+    @property
+    def stream(self) -> Stream | None:
+        """The stream that recorded it last; None where none did, or that is gone."""
+        return None if self._stream is None else self._stream()
+
+    def _record(self, stream: Stream) -> None:
+        queue = stream._queue
         if self.timing:
             self._sequence, self._time = queue.submit_timed()
         else:
             self._sequence = queue.ring.head
         self._queue = queue
+        self._stream = weakref.ref(stream)
 
     def query(self) -> bool:
         """Say whether everything before the event is done. An event that was never recorded is.

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import enum
 import threading
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from maia_rt._fast.command import Command
-from maia_rt._fast.host_memory import HostMemory
 from maia_rt._fast.ring import QueueStopped
-from maia_rt.contract.commands import MAX_INLINE_BYTES, CommandFlag, Opcode
+from maia_rt.contract.commands import CommandFlag, Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError
 from maia_rt.queue import QueuePair, QueueStatistics
 from maia_rt.runtime.buffer import Memory
+from maia_rt.runtime.copy import CopyPath, copy
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.program import Kernel
-from maia_rt.runtime.staging import CHUNK_BYTES, STAGING_BYTES, Staging
+from maia_rt.runtime.staging import Staging
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
 
-_BARRIER = int(CommandFlag.BARRIER)
-_COPY, _FILL, _WIDTHS = int(Opcode.COPY), int(Opcode.FILL), (1, 2, 4)
-
-
-class CopyPath(enum.Enum):
-    """How :meth:`Stream.copy` moved the bytes."""
-
-    INLINE = "inline"
-    """Inside the command: up to 16 bytes from memory the device does not reach."""
-    STAGED = "staged"
-    """In chunks through pinned memory of the stream."""
-    DIRECT = "direct"
-    """By one command: the device reaches both ends."""
+_BARRIER: Final = int(CommandFlag.BARRIER)
+_NOP, _FILL = int(Opcode.NOP), int(Opcode.FILL)
+_GE: Final = WaitOp.GE
+_WIDTHS: Final = (1, 2, 4)
 
 
 class Stream:
@@ -49,6 +36,14 @@ class Stream:
     ----------
     device : Device
     """
+
+    # A command's method, in this order (all that is public here and submits keeps to it):
+    #   1. `if self._capture is not None: return self._capture.<command>(...)` with the same arguments;
+    #   2. check the arguments;
+    #   3. `if self.device._validator is not None:` tell it what the command reads and writes;
+    #   4. `self._submit(...)`, the only way commands of a stream reach a queue.
+    _capture: Any = None
+    """What takes this stream's commands while it is captured into a graph."""
 
     def __init__(self, device: Device, queue: QueuePair) -> None:
         self.device = device
@@ -86,21 +81,7 @@ class Stream:
             One of them is no memory, or neither is on this device.
         ClosedError, QueueFull, DeviceFault, DeviceLost, DeviceTimeout
         """
-        to, target, size = self._locate(dst, "dst")
-        at, source, available = self._locate(src, "src")
-        if size != available:
-            raise InvalidArgument(f"dst has {size} bytes, src {available}", hint="copy a slice")
-        if size == 0:
-            return CopyPath.DIRECT
-        if to is not None and at is not None:
-            self._note(self._submit(_COPY, 0, at, to, size))
-            return CopyPath.DIRECT
-        if to is not None and source is not None:
-            return self._from_host(to, source)
-        if at is not None and target is not None:
-            self._to_host(target, at)
-            return CopyPath.STAGED
-        raise InvalidType("neither end of the copy is memory of the device", hint="use numpy.copyto")
+        return copy(self, dst, src)
 
     def fill(self, dst: Memory, value: int, width: int = 1) -> None:
         """Fill memory with the low `width` bytes of `value`, again and again.
@@ -121,7 +102,7 @@ class Stream:
             raise InvalidArgument(f"{value} does not fit into {width} bytes")
         if dst.nbytes:
             pattern = value & (1 << 8 * width) - 1
-            self._note(self._submit(_FILL, 0, dst.address, dst.nbytes, pattern | width << 32))
+            self._submit(_FILL, payload=(dst.address, dst.nbytes, pattern | width << 32))
 
     def launch(self, kernel: Kernel, *args: Any, clusters: int = 0) -> None:
         """Launch a kernel.
@@ -145,7 +126,7 @@ class Stream:
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
         try:
-            self._note(self._ring.submit_launch(_BARRIER, kernel.handle, clusters, words))
+            self._queue.note(self._ring.submit_launch(_BARRIER, kernel.handle, clusters, words))
         except QueueStopped:
             raise self._queue.fault() from None
 
@@ -167,7 +148,7 @@ class Stream:
         event = event or Event(self.device, timing)
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
-        event._record(self._queue)
+        event._record(self)
         return event
 
     def wait(self, event: Event) -> None:
@@ -179,10 +160,11 @@ class Stream:
         self._require_open()
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
-        queue = event._queue
-        if queue is None or queue is self._queue or queue.quiet(event._sequence):
+        queue, sequence = event._queue, event._sequence
+        if queue is None or queue is self._queue or queue.quiet(sequence):
             return
-        self._note(self._queue.submit_wait(queue.id, event._sequence))
+        # A queue's progress is also in the semaphore of its number.
+        self._submit(_NOP, pre=((queue.id, _GE, sequence & 0xFFFFFFFF),))
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
@@ -281,66 +263,41 @@ class Stream:
     def __repr__(self) -> str:
         return f"<Stream on queue {self._queue.id} of {self.device.name}{', closed' if self.closed else ''}>"
 
-    # --- how copies go -----------------------------------------------------------------------------------------------
+    # --- for what is built on streams ---------------------------------------------------------------------------------
 
-    def _locate(self, memory: Any, what: str) -> tuple[int | None, HostMemory | None, int]:
-        """Find an end of a copy: its device address if the device reaches it, the host memory if it is some, bytes."""
-        if isinstance(memory, Memory):
-            self._require_own(memory, what)
-            return memory.address, None, memory.nbytes
-        host = _host_memory(memory, what)
-        size = host.nbytes
-        return self.device._pinned.find(host.address, size), host, size
+    def _submit(self, opcode: int, *, units: int = 0, payload: tuple[int, int, int] = (0, 0, 0),
+                pre: tuple[tuple[int, WaitOp, int], ...] = (), post: tuple[tuple[int, PostOp, int], ...] = (),
+                unbounded: bool = False) -> int:
+        """Submit one command that starts when everything before it is done. All that streams can do comes down to this.
 
-    def _from_host(self, to: int, source: HostMemory) -> CopyPath:
-        size = source.nbytes
-        if size <= MAX_INLINE_BYTES:
-            try:
-                self._note(self._ring.submit_encoded(Command.write_imm(to, source.tobytes(), _BARRIER)))
-            except QueueStopped:
-                raise self._queue.fault() from None
-            return CopyPath.INLINE
-        with self._staging_lock:
-            staging = self._stage()
-            for start in range(0, size, CHUNK_BYTES):
-                count = min(CHUNK_BYTES, size - start)
-                address, piece = staging.take(count)
-                source.copy_to(piece, start, count)
-                sequence = self._submit(_COPY, 0, address, to + start, count)
-                staging.use(sequence)
-        self._note(sequence)
-        return CopyPath.STAGED
+        Parameters
+        ----------
+        opcode, units, payload : int, int, three ints
+            As in the contract.
+        pre, post : up to two (semaphore, operation, value)
+            What the command waits for, and what it posts.
+        unbounded : bool
+            Whether the command waits for something that may be submitted after it, or comes from outside: a
+            semaphore, a value in memory, the host. (An event is neither: it is in the past.)
 
-    def _to_host(self, target: HostMemory, at: int) -> None:
-        size = target.nbytes
-        with self._staging_lock:
-            staging = self._stage()
-            try:
-                for start in range(0, size, CHUNK_BYTES):
-                    count = min(CHUNK_BYTES, size - start)
-                    address, _ = staging.take(count)
-                    sequence = self._submit(_COPY, 0, at + start, address, count)
-                    staging.use(sequence, target, start)
-                self._note(sequence)
-                staging.finish()
-            except BaseException:
-                staging.forget_targets()
-                raise
+        Returns
+        -------
+        int
+            The command's sequence number on the stream's present queue, `_queue`.
 
-    def _stage(self) -> Staging:
-        self._require_open()
-        if self._staging is None:
-            self._staging = Staging(self._queue, self.device._pool.allocate(STAGING_BYTES))
-        return self._staging
-
-    def _submit(self, opcode: int, units: int, a: int, b: int, c: int) -> int:
+        Raises
+        ------
+        QueueFull, DeviceFault, DeviceLost, ClosedError, ForkedError
+        """
         try:
-            return self._ring.submit(opcode, _BARRIER, units, a, b, c)
+            if pre or post:
+                sequence = self._ring.submit_with(opcode, _BARRIER, units, *payload, pre, post)
+            else:
+                sequence = self._ring.submit(opcode, _BARRIER, units, *payload)
         except QueueStopped:
             raise self._queue.fault() from None
-
-    def _note(self, sequence: int) -> None:
         self._queue.note(sequence)
+        return sequence
 
     def _require_own(self, memory: Memory, what: str) -> None:
         if not isinstance(memory, Memory):
@@ -352,23 +309,3 @@ class Stream:
         if self.closed:
             raise ClosedError(f"{self._ring.name}: the stream has been closed")
         self._ring.poll()  # raises in a forked child, which does not have the stream's memory
-
-
-def _host_memory(memory: Any, what: str) -> HostMemory:
-    """The bytes of a host object, without a copy but for a source that is not contiguous."""
-    writable = what == "dst"
-    if isinstance(memory, np.ndarray):
-        if memory.dtype.hasobject:
-            raise InvalidType(f"{what} is an array of Python objects, which is no memory")
-        if not memory.flags.c_contiguous:
-            if writable:
-                raise InvalidArgument("dst is not contiguous", hint="copy to a contiguous array and assign from it")
-            memory = np.ascontiguousarray(memory)
-    try:
-        return HostMemory(memory, writable)
-    except TypeError:
-        raise InvalidType(f"{what} is {type(memory).__name__}, which is no memory",
-                          hint="pass a Buffer, a HostBuffer, an array or another object with a buffer") from None
-    except (ValueError, BufferError) as error:
-        raise InvalidArgument(f"{what} cannot be used: {error}",
-                              cause="it is read-only, or not contiguous") from None

@@ -104,6 +104,22 @@ def test_submit_wait_carries_one_pre_semaphore():
         assert got["units"] == 0
 
 
+def test_a_command_carries_two_semaphore_operations_of_each_kind():
+    with RingConsumer() as device:
+        device.ring.submit_with(Opcode.COPY, CommandFlag.BARRIER, 0, 1, 2, 3, ((7, WaitOp.EQ, 9), (8, WaitOp.GE, 2)),
+                                ((9, PostOp.ADD, 1),))
+        device.step()
+        got = row(device.seen[-1])
+        assert got["pre"].tolist() == [(7, 2, 0, 9), (8, 1, 0, 2)]
+        assert got["post"].tolist() == [(9, 2, 0, 1), (0, 0, 0, 0)]
+        assert got["payload"].tolist() == [1, 2, 3]
+        before = device.ring.head
+        for pre, error in ((((1, 1, 1),) * 3, InvalidArgument), (((-1, 1, 1),), OverflowError), ((5,), TypeError)):
+            with pytest.raises(error):
+                device.ring.submit_with(Opcode.NOP, 0, 0, 0, 0, 0, pre, ())
+        assert device.ring.head == before
+
+
 def test_launch_arguments_lie_in_the_slot_of_their_command():
     with RingConsumer(entries=4) as device:
         for i in range(6):
