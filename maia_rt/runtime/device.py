@@ -85,7 +85,8 @@ class Device:
         self._heap = DeviceHeap(capabilities.hbm_base, capabilities.hbm_bytes, granule=_HEAP_ALIGNMENT)
         count = min(capabilities.max_queues, len(self._firmware.vectors) - 1)
         # A queue starts where the last one of its number ended: a wait for that one's progress stays satisfied.
-        self._next_index = [0] * count
+        # MAIA_FIRST_INDEX lets tests pass 2^32 at once.
+        self._next_index = [int(os.environ.get("MAIA_FIRST_INDEX", "0"))] * count
         self._free_queues = list(range(count))
 
     # --- what it is --------------------------------------------------------------------------------------------------

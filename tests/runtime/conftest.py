@@ -13,6 +13,8 @@ import maia_rt
 from tests.helpers.emulator import ROOT, emulator  # noqa: F401
 
 PCI_DEVICE = os.environ.get("MAIA_TEST_DEVICE")
+ROLL_OVER = 2**32 - 3
+FIRST_INDICES = [int(os.environ.get("MAIA_FIRST_INDEX", "0"))] if PCI_DEVICE else [0, ROLL_OVER]
 TRANSPORTS = [os.environ.get("MAIA_TEST_TRANSPORT", "vfio")] if PCI_DEVICE else ["embedded", "socket"]
 
 
@@ -30,6 +32,13 @@ def paths_for_the_embedded_emulator(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     monkeypatch.delenv("MAIA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("MAIA_SOCKETS", raising=False)
+
+
+@pytest.fixture(params=FIRST_INDICES, ids=lambda first: "roll-over" if first else "from 0", autouse=True)
+def first_index(request, monkeypatch):
+    """Every test runs twice: the second time the 32-bit sequence numbers roll over at its third command."""
+    monkeypatch.setenv("MAIA_FIRST_INDEX", str(request.param))
+    return request.param
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -65,11 +65,12 @@ def test_query_and_synchronize(device, stream):
     assert stream.query()
 
 
-def test_a_timeout_says_what_the_stream_is_at(attached):
+def test_a_timeout_says_what_the_stream_is_at(attached, first_index):
+    at = first_index + 1
     with attached.create_stream() as stream:
         hold(stream)
-        with pytest.raises(DeviceTimeout, match=r"queue 0: command 1 was not done within 0.01 s; the device is at "
-                                                r"command 1: NOP .*pre=\[#1000==1\]"):
+        with pytest.raises(DeviceTimeout, match=rf"queue 0: command {at} was not done within 0.01 s; the device is at "
+                                                rf"command {at}: NOP .*pre=\[#1000==1\]"):
             stream.synchronize(0.01)
         release(attached)
 
@@ -260,15 +261,17 @@ def test_a_new_stream_on_a_used_queue_disturbs_no_waiter(attached):
             waiter.synchronize(5)
 
 
-def test_a_fault_is_typed_and_names_the_line_that_submitted_it(device):
+def test_a_fault_is_typed_and_names_the_line_that_submitted_it(device, first_index):
+    at = first_index + 2
     stream = device.create_stream()
     with device.allocate(64) as buffer:
         stream.copy(buffer, bytes(64))
         break_down(stream)
         stream.fill(buffer, 1)
-        with pytest.raises(DeviceFault, match=r"queue 0: command 2 failed: TRAP at 0x0*4d in TRAP code=77") as caught:
+        with pytest.raises(DeviceFault,
+                           match=rf"queue 0: command {at} failed: TRAP at 0x0*4d in TRAP code=77") as caught:
             stream.synchronize()
-        assert (caught.value.code, caught.value.queue, caught.value.sequence) == (FaultCode.TRAP, 0, 2)
+        assert (caught.value.code, caught.value.queue, caught.value.sequence) == (FaultCode.TRAP, 0, at)
         for call in (lambda: stream.fill(buffer, 1), lambda: stream.copy(buffer, bytes(64)), stream.query,
                      lambda: stream.copy(bytearray(64), buffer), stream.synchronize, lambda: stream.record().query()):
             with pytest.raises(DeviceFault):
@@ -334,7 +337,7 @@ def test_waiting_threads_hear_of_a_fault_at_once(attached):
     stream.close()
 
 
-def test_submitted_is_completed_plus_failed_plus_aborted(attached):
+def test_submitted_is_completed_plus_failed_plus_aborted(attached, first_index):
     stream = attached.create_stream()
     with attached.allocate(64) as buffer:
         for _ in range(5):
@@ -354,7 +357,7 @@ def test_submitted_is_completed_plus_failed_plus_aborted(attached):
         stream.fill(buffer, 1)
         stream.synchronize()
         for event in lost:
-            with pytest.raises(DeviceFault, match="command 7 failed: TRAP"):
+            with pytest.raises(DeviceFault, match=f"command {first_index + 7} failed: TRAP"):
                 event.synchronize()
         after = stream.statistics()
         assert (after.submitted, after.completed, after.failed, after.aborted, after.in_flight) == (11, 7, 1, 3, 0)
@@ -407,14 +410,14 @@ def test_the_watchdog_feature_is_reachable(attached):
     assert attached._firmware.get_feature(Feature.WATCHDOG_MS) == 5
 
 
-def test_a_command_can_be_aborted(attached):
+def test_a_command_can_be_aborted(attached, first_index):
     stream = attached.create_stream()
     hold(stream)
     time.sleep(0.01)
-    attached._firmware.abort(stream.queue.id, 1)
+    attached._firmware.abort(stream.queue.id, first_index + 1)
     with pytest.raises(DeviceFault, match="ABORTED"):
         stream.synchronize()
     stream.reset()
     with pytest.raises(InvalidArgument, match="ABORT was refused: NOT_FOUND"):
-        attached._firmware.abort(stream.queue.id, 1)
+        attached._firmware.abort(stream.queue.id, first_index + 1)
     stream.close()
