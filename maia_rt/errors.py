@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 
 class MaiaError(Exception):
@@ -95,7 +96,43 @@ class FirmwareError(MaiaError):
 
 
 class DeviceTimeout(MaiaError, TimeoutError):
-    """A deadline passed. The text names what was waited for and who should have signalled."""
+    """A deadline passed. The text names what was waited for and who should have signalled.
+
+    Attributes
+    ----------
+    report : HangReport or None
+        What every queue of the device was at, for waits for commands.
+    """
+
+    report: Any = None
+
+
+class RaceError(MaiaError):
+    """Validation: two streams touch the same memory, one of them writes, and nothing orders them.
+
+    Attributes
+    ----------
+    where : tuple of str
+        The two lines that submitted the commands, the earlier one first.
+    """
+
+    def __init__(self, what: str, *, cause: str = "", hint: str = "", where: tuple[str, str] = ("", "")) -> None:
+        super().__init__(what, cause=cause, hint=hint)
+        self.where = where
+
+
+class DeadlockError(MaiaError):
+    """Validation: every signal that a wait needs waits behind it.
+
+    Attributes
+    ----------
+    where : tuple of str
+        The lines that submitted the wait and its last signal.
+    """
+
+    def __init__(self, what: str, *, cause: str = "", hint: str = "", where: tuple[str, str] = ("", "")) -> None:
+        super().__init__(what, cause=cause, hint=hint)
+        self.where = where
 
 
 class ResourceExhausted(MaiaError):
