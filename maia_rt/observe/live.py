@@ -121,7 +121,7 @@ class _Server:
         self._bell = -1
         try:
             self._listener.bind(address(os.getpid()))
-            self._listener.listen(CLIENTS)
+            self._listener.listen(4 * CLIENTS)
             self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
             self._listener.close()
@@ -197,7 +197,7 @@ class _Server:
     def _serve(self, selector: selectors.BaseSelector, client: _Client) -> None:
         try:
             if not client.reply:
-                piece = client.connection.recv(REQUEST_BYTES)
+                piece = client.connection.recv(1 << 16)
                 client.received += piece
                 line, newline, _ = client.received.partition(b"\n")
                 if newline:
@@ -303,38 +303,44 @@ def ask(pid: int, request: Mapping[str, Any], timeout: float = 10.0) -> Any:
     reply = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
-        try:
-            connection.connect(address(pid))
-            if _peer(connection)[0] != pid:
-                raise ConnectionRefusedError(f"the socket of process {pid} is another one's")
-            with contextlib.suppress(BrokenPipeError):
-                # Who refuses has answered, and closed, before it was asked.
-                connection.sendall(_encode(dict(request)))
-            while not reply.endswith(b"\n") and len(reply) < REPLY_BYTES:
-                connection.settimeout(max(deadline - time.monotonic(), 0.001))
-                piece = connection.recv(1 << 16)
-                if not piece:
-                    raise ConnectionResetError(f"process {pid} closed the connection")
-                reply += piece
-        except BlockingIOError:
-            # Its queue of connections is full: nobody has taken one for a while.
-            raise TimeoutError(f"process {pid} takes no connections") from None
+        connected = False
+        while not connected:
+            try:
+                connection.connect(address(pid))
+                connected = True
+            except BlockingIOError:
+                # Its queue of connections is full: nobody has taken one for a moment.
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"process {pid} takes no connections") from None
+                time.sleep(0.01)
+        if _peer(connection)[0] != pid:
+            raise ConnectionRefusedError(f"the socket of process {pid} is another one's")
+        with contextlib.suppress(BrokenPipeError):
+            # Who refuses has answered, and closed, before it was asked.
+            connection.sendall(_encode(dict(request)))
+        while not reply.endswith(b"\n") and len(reply) < REPLY_BYTES:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            piece = connection.recv(1 << 16)
+            if not piece:
+                raise ConnectionResetError(f"process {pid} closed the connection")
+            reply += piece
+    answer: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(reply)
-        if isinstance(answer, dict):
-            if "ok" in answer:
-                return answer["ok"]
-            if answer.get("permission"):
-                raise PermissionError(f"process {pid} belongs to another user")
-            raise ValueError(str(answer.get("error", "a reply without a result")))
-    raise ValueError(f"process {pid} sent no JSON object")
+    if not isinstance(answer, dict):
+        raise ValueError(f"process {pid} sent no JSON object")
+    if answer.get("permission"):
+        raise PermissionError(f"process {pid} belongs to another user")
+    if "ok" not in answer:
+        raise ValueError(str(answer.get("error", "a reply without a result")))
+    return answer["ok"]
 
 
 _state = _State()
 
 
 def _forget_in_child() -> None:
-    global _state  # noqa: PLW0603
+    global _state
     server, _state = _state.server, _State()
     if server is not None:
         server.forget()

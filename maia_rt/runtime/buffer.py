@@ -46,6 +46,8 @@ class Memory(abc.ABC):
         self._address = address
         self._root = root or self
         self._closed = False
+        if root is None and device._validator is not None:
+            device._validator.forget(address, nbytes)
 
     @property
     def closed(self) -> bool:

@@ -39,6 +39,9 @@ def copy(stream: Stream, dst: Any, src: Any) -> CopyPath:
         raise InvalidArgument(f"dst has {size} bytes, src {available}", hint="copy a slice")
     if size == 0:
         return CopyPath.DIRECT
+    if stream.device._validator is not None:
+        stream.device._validator.command(stream, "copy", [] if at is None else [(at, size, src)],
+                                         [] if to is None else [(to, size, dst)])
     if to is not None and at is not None:
         stream._submit(_COPY, payload=(at, to, size))
         return CopyPath.DIRECT
@@ -46,6 +49,8 @@ def copy(stream: Stream, dst: Any, src: Any) -> CopyPath:
         return _from_host(stream, to, source)
     if at is not None and target is not None:
         _to_host(stream, target, at)
+        if stream.device._validator is not None:
+            stream.device._validator.synchronized(stream)
         return CopyPath.STAGED
     raise InvalidType("neither end of the copy is memory of the device", hint="use numpy.copyto")
 

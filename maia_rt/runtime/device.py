@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from maia_rt.runtime.program import Program
 from maia_rt.runtime.reclaim import Reclaimer
 from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
+from maia_rt.runtime.validation import Validator
 from maia_rt.transport import Transport
 
 _HEAP_ALIGNMENT = 256
@@ -48,11 +48,10 @@ class Device:
         How long streams and waits have, in seconds, unless they are told otherwise.
     """
 
-    _validator: Any = None
-    """What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`."""
-
     def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
-                 timeout: float = DEFAULT_TIMEOUT) -> None:
+                 timeout: float = DEFAULT_TIMEOUT, *, validate: bool = False) -> None:
+        # What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`.
+        self._validator = Validator() if validate else None
         self._transport = transport
         self._emulator = emulator
         self._lock = threading.RLock()
@@ -295,6 +294,8 @@ class Device:
             self._running = False
             self._firmware.reset()
             self._close_children(keep_host=True)
+            if self._validator is not None:
+                self._validator.clear()
             self._firmware.boot(self._pool)
             self._forget_contents()
             self._running = True

@@ -88,7 +88,8 @@ def _is_address(word: str, address: str) -> bool:
         return False
 
 
-def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float = DEFAULT_TIMEOUT) -> Device:
+def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float = DEFAULT_TIMEOUT,
+         validate: bool | None = None) -> Device:
     """Open a device.
 
     Parameters
@@ -99,6 +100,10 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
         emulator where there is none.
     timeout : float
         How long streams and waits of the device have, in seconds, unless they are told otherwise.
+    validate : bool, optional
+        Whether each command is compared with those of other streams before it is submitted: what is a race or a
+        certain deadlock raises RaceError or DeadlockError. For development: it costs tens of microseconds a command.
+        By default what ``MAIA_VALIDATE`` says, 1 for yes.
 
     Returns
     -------
@@ -123,7 +128,9 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     ...     device.upload([1, 2, 3]).copy_to_host()  # doctest: +SKIP
     """
     transport, emulator = connect(selector)
-    return Device(transport, emulator, timeout)
+    if validate is None:
+        validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
+    return Device(transport, emulator, timeout, validate=validate)
 
 
 def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Transport, EmbeddedEmulator | None]:

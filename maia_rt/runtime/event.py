@@ -57,7 +57,13 @@ class Event:
             Something before it failed.
         DeviceLost, ForkedError
         """
-        return self._queue is None or self._queue.done(self._sequence)
+        if self._queue is None:
+            return True
+        if not self._queue.done(self._sequence):
+            return False
+        if self.device._validator is not None:
+            self.device._validator.reached(self)
+        return True
 
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything before the event is done.
@@ -77,6 +83,8 @@ class Event:
         """
         if self._queue is not None and not self._queue.done(self._sequence):
             self._queue.wait(self._sequence, timeout)
+        if self.device._validator is not None:
+            self.device._validator.reached(self)
 
     @property
     def time_ns(self) -> int:

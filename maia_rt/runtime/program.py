@@ -100,6 +100,13 @@ class Kernel:
             words.append(arg._address)
         return tuple(words)
 
+    def accesses(self, args: tuple[Any, ...]) -> tuple[list[tuple[int, int, Memory]], list[tuple[int, int, Memory]]]:
+        """What a launch with these arguments, checked by :meth:`encode`, reads and writes: (address, bytes, memory)."""
+        ranges = [(arg.kind, (memory._address, arg.nbytes, memory))
+                  for arg, memory in zip(self.args, args, strict=True) if arg.kind != ArgKind.SCALAR]
+        return ([one for kind, one in ranges if kind in (ArgKind.IN, ArgKind.INOUT)],
+                [one for kind, one in ranges if kind in (ArgKind.OUT, ArgKind.INOUT)])
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{a.name}: {a.dtype.name}{list(a.shape)}" for a in self.args)
         return f"<Kernel {self.name}({shown})>"

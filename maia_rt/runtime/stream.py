@@ -101,6 +101,8 @@ class Stream:
         if not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
             raise InvalidArgument(f"{value} does not fit into {width} bytes")
         if dst.nbytes:
+            if self.device._validator is not None:
+                self.device._validator.command(self, "fill", writes=[(dst.address, dst.nbytes, dst)])
             pattern = value & (1 << 8 * width) - 1
             self._submit(_FILL, payload=(dst.address, dst.nbytes, pattern | width << 32))
 
@@ -125,6 +127,8 @@ class Stream:
         words = kernel.encode(args)
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
+        if self.device._validator is not None:
+            self.device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
         try:
             self._queue.note(self._ring.submit_launch(_BARRIER, kernel.handle, clusters, words))
         except QueueStopped:
@@ -149,6 +153,8 @@ class Stream:
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
         event._record(self)
+        if self.device._validator is not None:
+            self.device._validator.record(self, event)
         return event
 
     def wait(self, event: Event) -> None:
@@ -160,6 +166,8 @@ class Stream:
         self._require_open()
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
+        if self.device._validator is not None:
+            self.device._validator.wait(self, event)
         queue, sequence = event._queue, event._sequence
         if queue is None or queue is self._queue or queue.quiet(sequence):
             return
@@ -186,11 +194,17 @@ class Stream:
         """
         self._require_open()
         self._queue.wait(self._ring.head, timeout)
+        if self.device._validator is not None:
+            self.device._validator.synchronized(self)
 
     def query(self) -> bool:
         """Say whether everything submitted so far is done. Raises as :meth:`synchronize`."""
         self._require_open()
-        return self._queue.done(self._ring.head)
+        if not self._queue.done(self._ring.head):
+            return False
+        if self.device._validator is not None:
+            self.device._validator.synchronized(self)
+        return True
 
     # --- life --------------------------------------------------------------------------------------------------------
 
