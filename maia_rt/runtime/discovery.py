@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
-from maia_rt.errors import DeviceNotFound, InvalidArgument
+from maia_rt.errors import DeviceNotFound, InvalidArgument, InvalidType
 from maia_rt.pci import PciAddress, functions
 from maia_rt.queue import DEFAULT_TIMEOUT
+from maia_rt.runtime import check
 from maia_rt.runtime.device import Device
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.transport import Transport
@@ -127,6 +128,7 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     >>> with maia_rt.open("emulated") as device:
     ...     device.upload([1, 2, 3]).copy_to_host()  # doctest: +SKIP
     """
+    timeout = check.seconds(timeout)
     transport, emulator = connect(selector)
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
@@ -166,7 +168,11 @@ def _choose(selector: int | str | os.PathLike[str] | None) -> str:
                                  if not found else "the index is too large",
                                  hint="list them with: maia info")
         return found[index].selector
-    text = os.fspath(selector)
+    try:
+        text = os.fspath(selector)
+    except TypeError:
+        raise InvalidType(f"a device is named by an index, a PCI address or a path, not by {type(selector).__name__}",
+                          hint="list them with: maia info") from None
     if text == EMULATED or "/" in text or os.path.exists(text):
         return text
     try:
