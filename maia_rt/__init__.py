@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.discovery import DeviceInfo, devices, open
     from maia_rt.runtime.event import Event
+    from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
     from maia_rt.runtime.program import Kernel, Program
     from maia_rt.runtime.stream import Stream
 
@@ -22,6 +23,10 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Event",
+    "HangLink",
+    "HangReport",
+    "HangVerdict",
+    "HangWait",
     "HostBuffer",
     "Kernel",
     "Program",
@@ -34,6 +39,7 @@ __all__ = [
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
 _HOMES = {
     "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
+    "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang",
     "HostBuffer": "buffer", "Kernel": "program", "Program": "program", "Stream": "stream", "devices": "discovery",
     "open": "discovery",
 }

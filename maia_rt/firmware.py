@@ -312,6 +312,31 @@ class Firmware:
             size, _ = admin.execute(AdminOpcode.GET_LOG, Log.FAULTS, admin.page_iova, room)
             return np.frombuffer(bytes(admin.page[:min(size, room)]), FAULT)
 
+    # --- looking at one that may hang --------------------------------------------------------------------------------
+
+    def ailment(self, patience: float = 2.0) -> str:
+        """Ask firmware for a sign of life; return why there is none, an empty text where there is one.
+
+        Dead firmware is found by its heartbeat within two seconds; other threads' admin commands get `patience`
+        seconds to end.
+        """
+        admin = self._admin_queue
+        if admin is None:
+            return "the device has been closed"
+        if not admin.lock.acquire(timeout=patience):
+            return f"another thread has been waiting for firmware for over {patience:g} s"
+        try:
+            self.get_feature(Feature.WATCHDOG_MS)
+        except MaiaError as error:
+            return error.what
+        finally:
+            admin.lock.release()
+        return ""
+
+    def semaphore(self, index: int) -> int:
+        """Read a semaphore, through its word in BAR 2."""
+        return self._transport.read(PciRegion.BAR2, self.capabilities.semaphore_window + 4 * index, 4)
+
     # --- end ---------------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:

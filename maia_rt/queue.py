@@ -75,6 +75,8 @@ class QueuePort:
         Maps ``(offset, size)`` of BAR 2.
     faults : callable
         Reads the fault log, as an array of FAULT records.
+    explain : callable or None
+        Given a queue's number: what it hangs at, as an object with a ``sentence``, or None.
     """
 
     device: str
@@ -86,6 +88,7 @@ class QueuePort:
     check_alive: Callable[[], object]
     doorbell_page: Callable[[int, int], memoryview]
     faults: Callable[[], npt.NDArray[Any]]
+    explain: Callable[[int], Any] | None = None
 
 
 class QueueAdmin(Protocol):
@@ -353,12 +356,11 @@ class QueuePair:
             return DeviceTimeout(what, cause="it was never submitted", hint="wait for what was submitted")
         where = self._sites.find(at)
         what += f"; the device is at command {at}: {decode(raw)}" + (f", submitted at {where}" if where else "")
-        if "pre=[" in decode(raw):
-            return DeviceTimeout(what, cause="it waits for a semaphore; one with the number of a queue is that queue's "
-                                 "progress, which should have moved on",
-                                 hint="look at what that queue is doing, or wait longer")
-        return DeviceTimeout(what, cause="the command runs longer than that, or the device hangs",
-                             hint="wait longer, or reset the queue")
+        report = self._port.explain(self.id) if self._port.explain else None
+        error = DeviceTimeout(what, cause=report.sentence if report else "the command runs longer than that, or the "
+                              "device hangs", hint="print the error's report, or wait longer")
+        error.report = report
+        return error
 
     # --- life --------------------------------------------------------------------------------------------------------
 

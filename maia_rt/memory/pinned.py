@@ -152,6 +152,15 @@ class PinnedPool:
         self._mapped.append(mapped)
         return mapped
 
+    def find(self, iova: int, size: int) -> memoryview | None:
+        """Return `size` bytes at an address of the device, None where they do not lie in the pool."""
+        with self._lock:
+            for mapped in self._mapped:
+                start = iova - mapped.iova
+                if start >= 0 and start + size <= mapped.region.size:
+                    return mapped.region.view()[start:start + size]
+        return None
+
     def trim(self) -> int:
         """Unmap the regions that are wholly free; return how many bytes they had."""
         freed = 0

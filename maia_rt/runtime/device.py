@@ -10,6 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
@@ -19,10 +20,12 @@ from maia_rt.contract.program import Image
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import DeviceHeap, PinnedBlock, PinnedPool, SpaceStatistics
+from maia_rt.observe import live
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
 from maia_rt.runtime.buffer import Buffer, HostBuffer, Shape, measure
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
+from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
 from maia_rt.runtime.pinned import PinnedRanges
 from maia_rt.runtime.program import Program
 from maia_rt.runtime.reclaim import Reclaimer
@@ -58,6 +61,7 @@ class Device:
         self._closed = False
         self._running = False
         self._pid = os.getpid()
+        self._live: live.Attachment | None = None
         self.name = transport.name
         self.timeout = timeout
         self._queues: dict[int, QueuePair] = {}
@@ -78,6 +82,7 @@ class Device:
             raise
         self._forget_contents()
         self._running = True
+        self._live = go_live(self)
 
     def _forget_contents(self) -> None:
         capabilities = self._firmware.capabilities
@@ -119,6 +124,17 @@ class Device:
         """Return the fault log, oldest first, as records of dtype ``maia_rt.contract.commands.FAULT``."""
         self._require_open()
         return self._firmware.faults()
+
+    def hang_report(self) -> HangReport:
+        """Say who waits for whom, through streams and graphs down to the root: print the report.
+
+        Returns
+        -------
+        HangReport
+            Of this moment. Where firmware does not answer it says so, and what the driver knows.
+        """
+        self._require_open()
+        return examine(self)
 
     def memory(self) -> SpaceStatistics:
         """Return how full the device memory is, in bytes."""
@@ -162,9 +178,9 @@ class Device:
             number = heapq.heappop(self._free_queues)
             try:
                 queue = QueuePair(
-                    self._firmware, self._pool, self._firmware.port(), queue=number, vector=1 + number,
-                    eventfd=self._firmware.vectors[1 + number], entries=entries, spin_ns=_SPIN_NS,
-                    initial=self._next_index[number] if first_index is None else first_index,
+                    self._firmware, self._pool, replace(self._firmware.port(), explain=on_timeout(self)),
+                    queue=number, vector=1 + number, eventfd=self._firmware.vectors[1 + number], entries=entries,
+                    spin_ns=_SPIN_NS, initial=self._next_index[number] if first_index is None else first_index,
                     timeout=self.timeout if timeout is None else timeout)
             except BaseException:
                 heapq.heappush(self._free_queues, number)
@@ -319,6 +335,8 @@ class Device:
             return
         with self._lock:
             self._closed = True
+            if self._live is not None:
+                self._live.close()
             firmware = getattr(self, "_firmware", None)
             pool = getattr(self, "_pool", None)
             deadline = time.monotonic() + _CLOSE_SECONDS
@@ -362,6 +380,8 @@ class Device:
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and not self._forked:
             warnings.warn(f"device {self.name} was not closed", ResourceWarning, stacklevel=2, source=self)
+            if self._live is not None:
+                self._live.close()
             # The transport may not be called here. It goes with the device, and takes from the hardware what it had.
             self._firmware.close()
 

@@ -1,0 +1,240 @@
+"""Hang reports: who waits for whom, through streams, down to the root; deadlocks are named."""
+
+import json
+import os
+import re
+import threading
+
+import numpy as np
+import pytest
+
+import maia_rt
+from maia_rt import HangVerdict
+from maia_rt.contract.commands import Opcode, PostOp, WaitOp
+from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout
+from maia_rt.observe import live
+from tests.helpers.tiny_program import image as tiny_image
+
+FIRST = 1000
+"""The first of some semaphores that no queue mirrors into."""
+
+
+@pytest.fixture
+def streams(device):
+    opened = [device.create_stream() for _ in range(4)]
+    yield opened
+    for stream in opened:
+        stream.close()
+
+
+def block(stream, semaphore, value=1):
+    """A command that waits for a semaphore."""
+    return stream._submit(Opcode.NOP, pre=((semaphore, WaitOp.GE, value),), unbounded=True)
+
+
+def post(stream, semaphore, value=1, *, behind=None):
+    """A command that sets a semaphore, after another one has been waited for."""
+    pre = () if behind is None else ((behind, WaitOp.GE, 1),)
+    return stream._submit(Opcode.NOP, pre=pre, post=((semaphore, PostOp.SET, value),), unbounded=behind is not None)
+
+
+@pytest.fixture
+def release(device):
+    """Set these semaphores, so that what waits goes on; back to zero at the end."""
+    touched = set()
+
+    def run(*semaphores):
+        touched.update(semaphores)
+        with device.create_stream() as other:
+            for semaphore in semaphores:
+                post(other, semaphore)
+
+    yield run
+    with device.create_stream() as other:
+        for semaphore in touched:
+            post(other, semaphore, 0)
+
+
+def test_a_device_without_work_is_idle(device):
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.IDLE
+    assert not report.hangs
+    assert report.links == ()
+    assert str(report) == f"{device.name}: idle: nothing is outstanding on {len(device._queues)} queues"
+
+
+def test_a_semaphore_that_nobody_will_signal_is_said_to_be_that(device, streams, release):
+    sequence = block(streams[0], FIRST)
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.UNSIGNALLED
+    assert report.hangs
+    (link,) = report.links
+    assert (link.queue, link.state, link.sequence) == (streams[0].queue.id, "waits", sequence)
+    assert link.command.startswith("NOP")
+    assert "test_hang.py:" in link.where
+    (wait,) = link.waits
+    assert (wait.semaphore, wait.value, wait.wanted, wait.signallers) == (FIRST, 0, 1, ())
+    assert str(report).splitlines()[0] == (
+        f"{device.name}: unsignalled: queue {link.queue} waits for semaphore 1000 >= 1, which is 0; "
+        "nobody that is submitted will ever signal it")
+    release(FIRST)
+
+
+def test_a_chain_over_three_streams_is_followed_to_its_root(device, streams, release):
+    root, middle, last, _ = streams
+    held = block(root, FIRST)
+    middle.wait(root.record())
+    last.wait(middle.record())
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.UNSIGNALLED
+    assert [link.queue for link in report.links] == [last.queue.id, middle.queue.id, root.queue.id]
+    assert report.sentence.startswith(f"queue {root.queue.id} waits for semaphore 1000")
+    lines = str(report).splitlines()
+    assert len(lines) == 4
+    assert re.search(rf"queue {last.queue.id} .*waits for command \d+ of queue {middle.queue.id}, which has done \d+; "
+                     r"that command was submitted at .*test_hang\.py:\d+$", lines[1])
+    assert re.search(rf"waits for command {held} of queue {root.queue.id}", lines[2])
+    release(FIRST)
+    device.synchronize()
+    assert not device.hang_report().hangs
+
+
+def test_who_should_signal_a_semaphore_is_named_with_its_line(device, streams, release):
+    first, second, *_ = streams
+    block(first, FIRST)
+    signal = post(second, FIRST, behind=FIRST + 1)
+    report = device.hang_report()
+    assert [link.queue for link in report.links] == [first.queue.id, second.queue.id]
+    (wait,) = report.links[0].waits
+    assert [(s.queue, s.sequence, s.listed) for s in wait.signallers] == [(second.queue.id, signal, None)]
+    assert re.search(rf"command {signal} of queue {second.queue.id} will signal it, submitted at .*test_h", wait.text)
+    assert report.sentence.startswith(f"queue {second.queue.id} waits for semaphore 1001")
+    release(FIRST + 1)
+    first.synchronize()
+    release(FIRST)
+
+
+@pytest.mark.parametrize("members", [1, 2, 3, 4])
+def test_streams_that_wait_for_each_other_in_a_circle_are_a_deadlock_with_all_its_members(device, streams, release,
+                                                                                          members):
+    ring = streams[:members]
+    for number, stream in enumerate(ring):
+        block(stream, FIRST + number)
+        post(stream, FIRST + (number + 1) % members)
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.DEADLOCK
+    assert set(report.cycle) == {stream.queue.id for stream in ring}
+    assert len(report.links) == members
+    for stream in ring:
+        assert f"queue {stream.queue.id}" in report.sentence
+    if members == 1:
+        assert "itself" in report.sentence
+    release(FIRST)
+    device.synchronize()
+    release(*range(FIRST, FIRST + 4))
+
+
+def test_who_waits_for_a_deadlock_is_outside_of_it(device, streams, release):
+    first, second, outside, _ = streams
+    block(first, FIRST)
+    post(first, FIRST + 1)
+    block(second, FIRST + 1)
+    post(second, FIRST)
+    outside.wait(first.record())
+    report = device.hang_report()
+    assert set(report.cycle) == {first.queue.id, second.queue.id}
+    assert report.links[0].queue == outside.queue.id
+    release(FIRST, FIRST + 1)
+
+
+def test_a_queue_that_stopped_is_the_root_of_those_that_wait_for_it(device, streams, release):
+    broken, waiting, *_ = streams
+    block(broken, FIRST)
+    broken._submit(Opcode.TRAP, payload=(77, 0, 0))
+    post(broken, FIRST + 1)
+    block(waiting, FIRST + 1)
+    release(FIRST)
+    with pytest.raises(DeviceFault):
+        broken.synchronize()
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.FAULT
+    assert f"queue {waiting.queue.id} waits for queue {broken.queue.id}, which failed at command" in report.sentence
+    assert "TRAP" in report.sentence
+    release(FIRST + 1)
+    waiting.synchronize()
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.IDLE
+    assert f"stopped at a fault: queue {broken.queue.id}" in report.sentence
+    broken.reset()
+
+
+def test_a_semaphore_of_a_list_names_its_place(device, streams, release):
+    first, second, *_ = streams
+    commands = np.zeros(3, np.dtype((np.void, 64))).view(np.uint8).reshape(3, 64)
+    commands[:, 0] = Opcode.NOP
+    commands[2, 24:32] = np.frombuffer(np.array([FIRST, PostOp.SET, 1, 0], "<u2").tobytes(), np.uint8)
+    commands[2, 28:32] = [1, 0, 0, 0]
+    with device.allocate_host(192) as pinned:
+        pinned.array[:] = commands.reshape(-1)
+        block(first, FIRST)
+        second._submit(Opcode.INDIRECT, payload=(pinned.address, 3, 0), pre=((FIRST + 1, WaitOp.GE, 1),),
+                       unbounded=True)
+        report = device.hang_report()
+        (wait,) = report.links[0].waits
+        assert [s.listed for s in wait.signallers] == [2]
+        assert "at 2 of its list" in wait.text
+        release(FIRST + 1)
+        device.synchronize()
+        release(FIRST)
+
+
+def test_a_timeout_carries_the_report_and_its_verdict(device, streams, release):
+    root, waiting, *_ = streams
+    block(root, FIRST)
+    waiting.wait(root.record())
+    with pytest.raises(DeviceTimeout, match=r"was not done within 0.01 s; the device is at command .*Likely cause: "
+                                            r"queue \d+ waits for semaphore 1000 >= 1, which is 0; nobody") as caught:
+        waiting.synchronize(0.01)
+    report = caught.value.report
+    assert [link.queue for link in report.links] == [waiting.queue.id, root.queue.id]
+    with pytest.raises(DeviceTimeout) as caught:
+        root.synchronize(0.01)
+    assert [link.queue for link in caught.value.report.links] == [root.queue.id]
+    release(FIRST)
+
+
+def test_a_report_is_json_with_a_schema(device, streams, release):
+    block(streams[0], FIRST)
+    data = json.loads(json.dumps(device.hang_report().to_json()))
+    assert (data["schema"], data["verdict"], data["device"]) == (1, "unsignalled", device.name)
+    assert data["links"][0]["waits"][0]["semaphore"] == FIRST
+    release(FIRST)
+
+
+def test_a_closed_device_has_no_report(own_selector):
+    device = maia_rt.open(own_selector)
+    device.close()
+    with pytest.raises(ClosedError):
+        device.hang_report()
+
+
+def test_the_process_answers_while_its_main_thread_waits(device, streams, release):
+    """From a thread here; tests/tools/test_hang.py asks from another process."""
+    block(streams[0], FIRST)
+    answers = []
+
+    def ask():
+        answers.extend(live.ask(os.getpid(), {"call": "hang", "device": device.name}))
+        release(FIRST)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    streams[0].synchronize(20)
+    thread.join()
+    assert [answer["verdict"] for answer in answers if answer["hangs"]] == ["unsignalled"]
+
+
+def test_a_launch_that_runs_is_no_hang(device, stream):
+    with device.load(tiny_image()) as program:
+        assert program
+        assert device.hang_report().verdict is HangVerdict.IDLE
