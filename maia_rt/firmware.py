@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -88,6 +89,8 @@ class Firmware:
         self._fds: list[int] = []
         self._admin_queue: AdminQueue | None = None
         self._enabled = False
+        self._sounding: threading.Thread | None = None
+        self._semaphores: npt.NDArray[np.uint32] | None = None
         config = PciRegion.CONFIG
         self._config = (partial(transport.read, config), partial(transport.write, config))
         if not transport.info.is_pci:
@@ -144,6 +147,9 @@ class Firmware:
         self._transport.write(PciRegion.BAR0, Bar0.CONTROL, 4, BAR0["CONTROL"].field("ENABLE").mask)
         self._enabled = True
         self._await_state(BootState.READY, BOOT_SECONDS)
+        window = self._transport.map(PciRegion.BAR2, self.capabilities.semaphore_window,
+                                     4 * self.capabilities.semaphores)
+        self._semaphores = np.frombuffer(window, "<u4")
 
     def reset(self) -> None:
         """Reset the function; every queue, context and program is gone."""
@@ -314,28 +320,33 @@ class Firmware:
 
     # --- looking at one that may hang --------------------------------------------------------------------------------
 
-    def ailment(self, patience: float = 2.0) -> str:
+    def ailment(self, patience: float = 0.5) -> str:
         """Ask firmware for a sign of life; return why there is none, an empty text where there is one.
 
-        Dead firmware is found by its heartbeat within two seconds; other threads' admin commands get `patience`
-        seconds to end.
+        Takes `patience` seconds at most: who hangs wants to know why, not to wait for what hangs as well.
         """
-        admin = self._admin_queue
-        if admin is None:
-            return "the device has been closed"
-        if not admin.lock.acquire(timeout=patience):
-            return f"another thread has been waiting for firmware for over {patience:g} s"
-        try:
-            self.get_feature(Feature.WATCHDOG_MS)
-        except MaiaError as error:
-            return error.what
-        finally:
-            admin.lock.release()
-        return ""
+        if self._sounding is not None and self._sounding.is_alive():
+            return "it has not answered the last question yet"
+        found = [f"no answer within {patience:g} s"]
+
+        def ask() -> None:
+            try:
+                self.get_feature(Feature.WATCHDOG_MS)
+                found.append("")
+            except MaiaError as error:
+                found.append(error.what)
+
+        # A server that stands still blocks whoever asks, for longer than that.
+        self._sounding = threading.Thread(target=ask, name="maia-sounding", daemon=True)
+        self._sounding.start()
+        self._sounding.join(patience)
+        return found[-1]
 
     def semaphore(self, index: int) -> int:
-        """Read a semaphore, through its word in BAR 2."""
-        return self._transport.read(PciRegion.BAR2, self.capabilities.semaphore_window + 4 * index, 4)
+        """Read a semaphore from the window in BAR 2; never blocks."""
+        if self._semaphores is None or index >= len(self._semaphores):
+            raise InvalidArgument(f"{self._transport.name}: there is no semaphore {index}")
+        return int(self._semaphores[index])
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -355,6 +366,7 @@ class Firmware:
 
         The threads that wait for queues, and so poll the vectors, must have left. Idempotent.
         """
+        self._semaphores = None
         if self._admin_queue is not None:
             self._admin_queue.close()
             self._admin_queue = None
