@@ -357,8 +357,8 @@ class QueuePair:
         where = self._sites.find(at)
         what += f"; the device is at command {at}: {decode(raw)}" + (f", submitted at {where}" if where else "")
         report = self._port.explain(self.id) if self._port.explain else None
-        error = DeviceTimeout(what, cause=report.sentence if report else "the command runs longer than that, or the "
-                              "device hangs", hint="print the error's report, or wait longer")
+        error = DeviceTimeout(what, cause=report.sentence if report else "the device hangs, or has more to do",
+                              hint="print the error's report, or wait longer")
         error.report = report
         return error
 
