@@ -350,11 +350,10 @@ class QueuePair:
 
     def _timeout(self, sequence: int, seconds: float) -> DeviceTimeout:
         at = self.ring.poll() + 1
-        raw = self.ring.command_at(at)
+        raw, where = self.ring.command_at(at), self._sites.find(at)
         what = f"{self.ring.name}: command {sequence} was not done within {seconds:g} s"
         if raw is None:
             return DeviceTimeout(what, cause="it was never submitted", hint="wait for what was submitted")
-        where = self._sites.find(at)
         what += f"; the device is at command {at}: {decode(raw)}" + (f", submitted at {where}" if where else "")
         report = self._port.explain(self.id) if self._port.explain else None
         error = DeviceTimeout(what, cause=report.sentence if report else "the device hangs, or has more to do",
