@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maia_rt.loss import LostCommand
     from maia_rt.runtime.buffer import Buffer, HostBuffer
     from maia_rt.runtime.copy import CopyPath
     from maia_rt.runtime.device import Device
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.event import Event
     from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
     from maia_rt.runtime.program import Kernel, Program
-    from maia_rt.runtime.stream import Stream
+    from maia_rt.runtime.stream import Stream, StreamStatistics
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,10 @@ __all__ = [
     "HangWait",
     "HostBuffer",
     "Kernel",
+    "LostCommand",
     "Program",
     "Stream",
+    "StreamStatistics",
     "__version__",
     "devices",
     "open",
@@ -40,8 +43,8 @@ __all__ = [
 _HOMES = {
     "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
     "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang",
-    "HostBuffer": "buffer", "Kernel": "program", "Program": "program", "Stream": "stream", "devices": "discovery",
-    "open": "discovery",
+    "HostBuffer": "buffer", "Kernel": "program", "LostCommand": "stream", "Program": "program",
+    "Stream": "stream", "StreamStatistics": "stream", "devices": "discovery", "open": "discovery",
 }
 
 

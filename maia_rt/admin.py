@@ -44,6 +44,42 @@ _SPIN_SECONDS: Final = 0.0002
 _U32: Final = 0xFFFFFFFF
 
 
+class AdminLock:
+    """A re-entrant lock that runs what had to wait for it when its holder lets go of it altogether.
+
+    An interrupt that arrives during an admin command may call for more of them, but neither the command nor what it
+    left in the data page may be disturbed.
+    """
+
+    def __init__(self, afterwards: Callable[[], object]) -> None:
+        self._lock = threading.RLock()
+        self._afterwards = afterwards
+        self._depth = 0
+        self._owner = 0
+        self._due = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        due = False
+        if not self._depth:
+            due, self._due, self._owner = self._due, False, 0
+        self._lock.release()
+        if due:
+            self._afterwards()
+
+    def postpone(self) -> bool:
+        """Say whether this thread holds the lock; if so `afterwards` is called when it has let go."""
+        if self._owner != threading.get_ident():
+            return False
+        self._due = True
+        return True
+
+
 class AdminQueue:
     """One admin command at a time, each with a deadline.
 
@@ -56,26 +92,28 @@ class AdminQueue:
         The device's event vector, which also tells completions.
     on_event : callable
         Serves that vector; it must call :meth:`ring_bell`, for another thread may serve it on this one's behalf.
+    afterwards : callable
+        Called once the lock is free again, where ``lock.postpone()`` has asked for it.
     timeout : float
         How long one command may take, in seconds.
 
     Attributes
     ----------
-    lock : RLock
+    lock : AdminLock
         Held around a command that uses the data page, and what it left there.
     page : memoryview
         16 KiB that commands read from and write to, at the device address `page_iova`.
     """
 
     def __init__(self, transport: Transport, pool: PinnedPool, event_fd: int, on_event: Callable[[], object],
-                 timeout: float) -> None:
+                 timeout: float, afterwards: Callable[[], object] = lambda: None) -> None:
         self._transport = transport
         self._timeout = timeout
         self._event_fd = event_fd
         self._on_event = on_event
         self._broken = ""
         self._tail = 0
-        self.lock = threading.RLock()
+        self.lock = AdminLock(afterwards)
         sizes = (ADMIN_COMMAND.itemsize << ENTRIES_LOG2, ADMIN_COMPLETION.itemsize << ENTRIES_LOG2, PAGE_BYTES)
         self._blocks = [pool.allocate(size) for size in sizes]
         sq, cq, page = self._blocks

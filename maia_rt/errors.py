@@ -7,6 +7,7 @@ text, so a program can show them its own way.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,33 +230,49 @@ class DeviceFault(MaiaError):
     Attributes
     ----------
     code : FaultCode
-    device, queue : str, int
-        Where.
+    device, stream : str
+        Where. The stream is empty for a command that none submitted.
+    queue : int
+        The hardware queue.
     sequence : int
         The failed command's sequence number in its queue.
     address : int
         The address that could not be reached, 0 where the fault has none.
+    buffer : str
+        What the address hits, nearly hits, or would have hit before that was closed; empty where nothing is known.
     command : str
         The command, decoded.
+    where : str
+        ``file:line`` that submitted it; empty where that is not known.
+    lost : tuple of maia_rt.LostCommand
+        It and those that did not run because of it, as far as that was known when this was raised.
     """
 
-    def __init__(self, code: int, *, device: str, queue: int, sequence: int, address: int = 0,
-                 command: str = "", detail: str = "") -> None:
+    def __init__(self, code: int, *, device: str, queue: int, sequence: int, address: int = 0, command: str = "",
+                 detail: str = "", stream: str = "", buffer: str = "", where: str = "",
+                 lost: Sequence[Any] = ()) -> None:
         try:
             row = FAULTS[FaultCode(code)]
         except (ValueError, KeyError):
             row = Fault(FaultCode.NONE, f"the device reported the unknown fault code {code}", "update maia_rt")
         self.code = row.code
         self.device = device
+        self.stream = stream
         self.queue = queue
         self.sequence = sequence
         self.address = address
+        self.buffer = buffer
         self.command = command
-        what = f"{device}: queue {queue}: command {sequence} failed: {row.code.name}"
+        self.where = where
+        self.lost = tuple(lost)
+        what = f"{device}: {stream + ' on ' if stream else ''}queue {queue}: command {sequence} failed: {row.code.name}"
         if address:
             what += f" at {address:#018x}"
+        if buffer:
+            what += f", {buffer},"
         if command:
             what += f" in {command}"
-        if detail:
-            what += f" ({detail})"
+        notes = [note for note in (detail, f"submitted at {where}" if where else "") if note]
+        if notes:
+            what += f" ({', '.join(notes)})"
         super().__init__(what, cause=row.meaning, hint=row.recovery)

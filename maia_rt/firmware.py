@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import time
 import weakref
@@ -43,7 +44,8 @@ from maia_rt.errors import (
 )
 from maia_rt.memory import PinnedPool
 from maia_rt.pci.config import set_bus_master, set_memory_space
-from maia_rt.queue import QueuePair, QueuePort
+from maia_rt.queue import QueuePair
+from maia_rt.queue_port import QueuePort
 from maia_rt.transport import Transport
 from maia_rt.transport.uapi import PciIrq, PciRegion
 
@@ -142,7 +144,8 @@ class Firmware:
         if self._admin_queue is None:
             self._enable_vectors()
             self._pool = pool
-            self._admin_queue = AdminQueue(self._transport, pool, self._fds[0], self.on_event, self._timeout)
+            self._admin_queue = AdminQueue(self._transport, pool, self._fds[0], self.on_event, self._timeout,
+                                           self._repair_queues)
         self._admin.announce()
         self._transport.write(PciRegion.BAR0, Bar0.CONTROL, 4, BAR0["CONTROL"].field("ENABLE").mask)
         self._enabled = True
@@ -203,7 +206,8 @@ class Firmware:
         return QueuePort(
             device=transport.name, event_fd=self._fds[0], liveness_fd=-1 if liveness is None else liveness,
             wake=wake if self.capabilities.needs_wake else None, service=transport.service, on_event=self.on_event,
-            check_alive=self.check_alive, doorbell_page=partial(transport.map, PciRegion.BAR2), faults=self.faults)
+            check_alive=self.check_alive, doorbell_page=partial(transport.map, PciRegion.BAR2), faults=self.faults,
+            look=self.look)
 
     def watch(self, queue: QueuePair) -> None:
         """Make the threads that wait for `queue` look again whenever the device reports an error."""
@@ -220,6 +224,22 @@ class Firmware:
             self._transport.write(PciRegion.BAR0, Bar0.ERRORS, 4, errors)
             for queue in list(self._queues):
                 queue.kick()
+            if self._admin_queue is None or not self._admin_queue.lock.postpone():
+                self._repair_queues()
+
+    def look(self) -> None:
+        """Serve vector 0 if it has fired. For threads that ask how far the device is, and do not wait."""
+        poll = select.poll()
+        poll.register(self._fds[0], select.POLLIN)
+        if poll.poll(0):
+            self.on_event()
+
+    def _repair_queues(self) -> None:
+        """Let queues that stopped run again. Nobody need wait for a queue that others depend on."""
+        for queue in list(self._queues):
+            # One that cannot be repaired says so to who waits for it.
+            with contextlib.suppress(MaiaError):
+                queue.repair(blocking=False)
 
     # --- admin commands ----------------------------------------------------------------------------------------------
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from maia_rt._fast.ring import (
     ARG_SLOT_BYTES,
@@ -18,32 +20,24 @@ from maia_rt._fast.ring import (
     WAIT_LOST,
     WAIT_STOPPED,
     WAIT_TIMED_OUT,
-    QueueStopped,
+    Account,
     Ring,
 )
-from maia_rt.contract.commands import (
-    COMMAND_BYTES,
-    CREATE_QUEUE,
-    DOORBELL_STRIDE,
-    PROGRESS_BYTES,
-    REPORT_BYTES,
-    CommandFlag,
-    Opcode,
-    WaitOp,
-    decode,
-)
+from maia_rt.contract.commands import COMMAND_BYTES, CREATE_QUEUE, DOORBELL_STRIDE, PROGRESS_BYTES, REPORT_BYTES
+from maia_rt.diagnosis import fault_facts, timeout_error
 from maia_rt.errors import (
     ClosedError,
     DeviceFault,
     DeviceLost,
-    DeviceTimeout,
     FaultCode,
     ForkedError,
     InvalidArgument,
     MaiaError,
 )
+from maia_rt.loss import Loss, LostCommand, charge
 from maia_rt.memory import PinnedBlock, PinnedPool
-from maia_rt.observe.sites import SubmissionSites
+from maia_rt.observe.sites import describe
+from maia_rt.queue_port import QueueAdmin, QueuePort
 
 DEFAULT_TIMEOUT: Final = 30.0
 """Seconds after which a wait gives up, unless it is told otherwise."""
@@ -54,54 +48,11 @@ LONGEST_SECONDS: Final = 1e9
 SLICE_SECONDS: Final = 0.5
 """How often a wait looks whether the device is still there: the kernel's VFIO is silent where one just vanishes."""
 
+FAILED: Final = 1
+"""In `Account.stopped`: a command of the stream failed; it stands still until it is recovered."""
 
-@dataclass(frozen=True)
-class QueuePort:
-    """What a queue pair needs to know of its device.
-
-    Attributes
-    ----------
-    device : str
-        For error texts.
-    event_fd, liveness_fd : int
-        The device's event vector and the transport, -1 for none.
-    wake : callable or None
-        Wakes a device that sleeps; None where it never does.
-    service, on_event : callable
-        Called when the transport, or the device's event vector, wants attention.
-    check_alive : callable
-        Raises DeviceLost where the device is gone.
-    doorbell_page : callable
-        Maps ``(offset, size)`` of BAR 2.
-    faults : callable
-        Reads the fault log, as an array of FAULT records.
-    explain : callable or None
-        Given a queue's number: what it hangs at, as an object with a ``sentence``, or None.
-    """
-
-    device: str
-    event_fd: int
-    liveness_fd: int
-    wake: Callable[[], object] | None
-    service: Callable[[], object]
-    on_event: Callable[[], object]
-    check_alive: Callable[[], object]
-    doorbell_page: Callable[[int, int], memoryview]
-    faults: Callable[[], npt.NDArray[Any]]
-    explain: Callable[[int], Any] | None = None
-
-
-class QueueAdmin(Protocol):
-    """The admin commands a queue pair lives by."""
-
-    def create_queue(self, params: npt.NDArray[Any]) -> int:
-        """Create a queue from a CREATE_QUEUE structure; return its id."""
-
-    def reset_queue(self, queue: int, initial: int) -> None:
-        """Empty a queue and let it run from index `initial`."""
-
-    def delete_queue(self, queue: int) -> None:
-        """Delete a queue. The device no longer touches its memory when this returns."""
+_LOSSES: Final = 256
+_LONGEST_REPAIR: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +62,7 @@ class QueueStatistics:
     Attributes
     ----------
     submitted, completed, failed, aborted, in_flight : int
-        Commands. Aborted ones never ran, because one before them failed or the queue was closed.
+        Commands. Aborted ones never ran, because one before them on their stream failed or the queue was closed.
     doorbells, sleeps : int
         Stores of the tail, and waits that had to sleep.
     """
@@ -136,7 +87,11 @@ class Timing:
 
 
 class QueuePair:
-    """One hardware queue. Streams are made of it.
+    """One hardware queue. One stream has it for itself, or several share it.
+
+    A fault stops the whole queue. :meth:`repair` lets it run again, without the commands of the stream that failed:
+    these become NOPs, so that all keep their sequence numbers. Whoever notices calls it: a thread that waits or
+    submits, or the device's event vector.
 
     Parameters
     ----------
@@ -156,6 +111,17 @@ class QueuePair:
         How long submissions, and waits that are not told otherwise, wait, in seconds.
     spin_ns : int
         How long a wait spins before it sleeps.
+    priority : int
+        Larger is served first.
+    sites : bool
+        Whether it is remembered which line submitted a command.
+    describe : callable
+        Says what lies at a device address, or once did.
+
+    Attributes
+    ----------
+    accounts : dict
+        By number, of the streams that have commands here.
 
     Raises
     ------
@@ -164,7 +130,8 @@ class QueuePair:
     """
 
     def __init__(self, admin: QueueAdmin, pool: PinnedPool, port: QueuePort, *, queue: int, vector: int, eventfd: int,
-                 entries: int, initial: int = 0, timeout: float = DEFAULT_TIMEOUT, spin_ns: int = 20_000) -> None:
+                 entries: int, initial: int = 0, timeout: float = DEFAULT_TIMEOUT, spin_ns: int = 20_000,
+                 priority: int = 0, sites: bool = True, describe: Callable[[int], str] = lambda address: "") -> None:
         if entries < 2 or entries & (entries - 1):
             raise InvalidArgument(f"{port.device}: a queue has a power of two of entries, not {entries}")
         if not 0 <= timeout <= LONGEST_SECONDS:
@@ -174,11 +141,15 @@ class QueuePair:
         self._admin = admin
         self._port = port
         self._blocks: list[PinnedBlock] = []
-        self._sites = SubmissionSites(entries)
+        self.accounts: dict[int, Account] = {}
+        self._describe = describe
         self._timings: weakref.WeakValueDictionary[int, Timing] = weakref.WeakValueDictionary()
         self._reports = threading.Lock()
-        self._lost: list[tuple[int, int, dict[str, Any]]] = []
-        self._past = [0, 0, 0, 0]
+        self._repairing = threading.Lock()
+        self._closing = False
+        self._losses: deque[Loss] = deque(maxlen=_LOSSES)
+        self._failed = 0
+        self._aborted = 0
         self._final: QueueStatistics | None = None
         created = False
         try:
@@ -192,13 +163,15 @@ class QueuePair:
             params["ring"], params["progress"], params["reports"] = ring.iova, progress.iova, reports.iova
             params["initial"], params["entries_log2"] = initial, entries.bit_length() - 1
             params["reports_log2"], params["vector"], params["queue"] = entries.bit_length(), vector, queue
+            params["priority"] = priority
             admin.create_queue(params)
             created = True
             doorbell = port.doorbell_page(queue * DOORBELL_STRIDE, DOORBELL_STRIDE)
             self.ring = Ring(
                 ring.view(), progress.view(), reports.view(), doorbell, args.view(), args.iova, initial=initial,
                 name=f"{port.device}: queue {queue}",
-                timeout_ns=int(timeout * 1e9), spin_ns=spin_ns, wake=port.wake, queue_fd=eventfd,
+                timeout_ns=int(timeout * 1e9), spin_ns=spin_ns, wake=port.wake, sites=sites,
+                queue_fd=eventfd,
                 event_fd=port.event_fd, liveness_fd=port.liveness_fd, service=port.service, on_event=port.on_event)
         except BaseException:
             if created:
@@ -206,39 +179,21 @@ class QueuePair:
             self._free()
             raise
 
-    # --- submitting --------------------------------------------------------------------------------------------------
+    # --- times -------------------------------------------------------------------------------------------------------
 
-    def note(self, sequence: int) -> None:
-        """Remember which line outside of this package submitted the command `sequence`."""
-        self._sites.note(sequence)
-
-    def submit_timed(self) -> tuple[int, Timing]:
-        """Submit a NOP that all before it precede, and that reports when; its timing is filled in when it is taken."""
+    def time(self, submit: Callable[[], int]) -> tuple[int, Timing]:
+        """Call what submits a command that reports; its timing is filled in when it is taken."""
         with self._reports:
-            sequence = self.submit(Opcode.NOP, CommandFlag.BARRIER | CommandFlag.REPORT, 0, 0, 0, 0)
+            sequence = submit()
             timing = self._timings[sequence] = Timing()
         return sequence, timing
-
-    def submit(self, opcode: int, flags: int, units: int, a: int, b: int, c: int) -> int:
-        """Submit one command; see `maia_rt._fast.ring.Ring.submit`. A stopped queue raises its DeviceFault."""
-        try:
-            return self.ring.submit(opcode, flags, units, a, b, c)
-        except QueueStopped:
-            raise self.fault() from None
-
-    def submit_wait(self, queue: int, sequence: int) -> int:
-        """Submit a NOP that waits until another queue's progress reaches `sequence`."""
-        try:
-            return self.ring.submit_wait(CommandFlag.BARRIER, queue, WaitOp.GE, sequence & 0xFFFFFFFF)
-        except QueueStopped:
-            raise self.fault() from None
 
     def take_timings(self) -> None:
         """Read the report records that have come and fill in the timings that are still wanted."""
         with self._reports:
-            for sequence, start_ns, end_ns, _, _ in self.ring.take_reports():
+            for sequence, start_ns, end_ns, status, _ in self.ring.take_reports():
                 timing = self._timings.pop(sequence, None)
-                if timing is not None:
+                if timing is not None and not status:
                     timing.start_ns, timing.end_ns = start_ns, end_ns
 
     # --- waiting -----------------------------------------------------------------------------------------------------
@@ -251,15 +206,18 @@ class QueuePair:
         DeviceFault
             It failed, or never ran because one before it failed.
         """
-        if self._lost:
-            self._check_lost(sequence)
-        if self.ring.closed:
-            return True
-        if self.ring.done(sequence):
-            return True
-        if self.ring.wait(sequence, 0) == WAIT_STOPPED:
-            raise self.fault()
-        return False
+        ring = self.ring
+        if not ring.closed and not ring.done(sequence):
+            if ring.stopped:
+                self.repair()
+            else:
+                self._port.look()
+            if self._losses:
+                self.check(sequence)
+            return ring.closed or ring.done(sequence)
+        if self._losses:
+            self.check(sequence)
+        return True
 
     def wait(self, sequence: int, timeout: float | None = None) -> None:
         """Wait until the command `sequence` is done.
@@ -279,31 +237,31 @@ class QueuePair:
         DeviceLost, ClosedError, ForkedError
         """
         seconds = self.timeout if timeout is None else timeout
-        if self._lost:
-            self._check_lost(sequence)
+        if self._losses:
+            self.check(sequence)
         if not 0 <= seconds <= LONGEST_SECONDS:
             raise InvalidArgument(f"a time-out is 0 to {LONGEST_SECONDS:g} seconds, not {seconds}")
-        status = self.ring.wait(sequence, int(min(seconds, SLICE_SECONDS) * 1e9))
-        if status == WAIT_TIMED_OUT and seconds > SLICE_SECONDS:
-            status = self._wait_on(sequence, seconds - SLICE_SECONDS)
-        if status == WAIT_DONE:
-            return
-        if status == WAIT_STOPPED:
-            raise self.fault()
-        if status == WAIT_LOST:
-            raise DeviceLost(f"{self._port.device}: the device is gone, queue {self.id} waited for command {sequence}",
-                             cause="its server ended or its link is down", hint="open the device anew")
-        if status == WAIT_CLOSED:
-            raise ClosedError(f"{self.ring.name} was closed during a wait")
-        raise self._timeout(sequence, seconds)
-
-    def _wait_on(self, sequence: int, left: float) -> int:
-        status = WAIT_TIMED_OUT
-        while status == WAIT_TIMED_OUT and left > 0:
-            self._port.check_alive()
-            status = self.ring.wait(sequence, int(min(left, SLICE_SECONDS) * 1e9))
-            left -= SLICE_SECONDS
-        return status
+        deadline = time.monotonic() + seconds
+        left, ring = seconds, self.ring
+        while True:
+            status = ring.wait(sequence, int(min(left, SLICE_SECONDS) * 1e9))
+            if status == WAIT_CLOSED:
+                raise ClosedError(f"{ring.name} was closed during a wait")
+            if status == WAIT_STOPPED:
+                self.repair()
+            if self._losses:
+                self.check(sequence)
+            if status == WAIT_DONE:
+                return
+            if status == WAIT_LOST:
+                raise DeviceLost(f"{self._port.device}: the device is gone, queue {self.id} waited for command "
+                                 f"{sequence}", cause="its server ended or its link is down",
+                                 hint="open the device anew")
+            if status == WAIT_TIMED_OUT:
+                if left <= SLICE_SECONDS:
+                    raise timeout_error(ring, self._port, self.id, sequence, seconds)
+                self._port.check_alive()
+            left = max(deadline - time.monotonic(), 0)
 
     def kick(self) -> None:
         """Make waiting threads look again."""
@@ -311,55 +269,102 @@ class QueuePair:
 
     def quiet(self, sequence: int) -> bool:
         """Say whether the device is done with everything up to `sequence`, whatever became of it."""
-        return self.ring.closed or self.ring.wait(sequence, 0) in (WAIT_DONE, WAIT_STOPPED)
+        if self.ring.closed:
+            return True
+        status = self.ring.wait(sequence, 0)
+        if status == WAIT_STOPPED:
+            with contextlib.suppress(MaiaError):
+                self.repair()
+            status = self.ring.wait(sequence, 0)
+        return status == WAIT_DONE
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
-    def fault(self) -> DeviceFault:
-        """Return the error for the fault that stopped the queue."""
-        return DeviceFault(**self._fault_facts())
+    def repair(self, *, blocking: bool = True) -> None:
+        """Let a queue that stopped at a fault run again; does nothing where it runs.
 
-    def _fault_facts(self) -> dict[str, Any]:
-        _, code, sequence = self.ring.state
-        facts: dict[str, Any] = {"code": code, "device": self._port.device, "queue": self.id, "sequence": sequence}
-        raw: bytes | npt.NDArray[Any] | None = self.ring.command_at(sequence)
-        details = []
+        Parameters
+        ----------
+        blocking : bool
+            Whether to wait for another thread that is at it, or that is submitting a batch.
+
+        Raises
+        ------
+        MaiaError
+            The device did not reset the queue.
+        """
+        # Once more after the lock is free: a fault in between would have found it taken.
+        while self.ring.stopped and not self._closing:
+            if not self._repairing.acquire(blocking):
+                return
+            try:
+                if self.ring.stopped and not self._closing and not self._repair(blocking):
+                    return
+            finally:
+                self._repairing.release()
+
+    def _repair(self, blocking: bool) -> bool:
+        ring = self.ring
+        if not ring.hold(blocking):
+            return False
         try:
-            log = self._port.faults()
-        except MaiaError as error:
-            details.append(f"the fault log could not be read: {error.what}")
-        else:
-            found = log[(log["queue"] == self.id) & (log["sequence"] == sequence)]
-            if len(found):
-                entry = found[-1]
-                facts["address"], raw = int(entry["address"]), bytes(entry["command"])
-                if entry["detail"]:
-                    details.append(f"detail {entry['detail']}")
-        if raw is not None:
-            facts["command"] = decode(raw)
-        where = self._sites.find(sequence)
-        if where:
-            details.append(f"submitted at {where}")
-        facts["detail"] = ", ".join(details)
-        return facts
+            _, _, failed = ring.state
+            facts = fault_facts(ring, self._port, self.id, failed, self._describe)
+            lost = ring.void(failed, ring.owner(failed) or None)
+            if not lost or lost[0][0] != failed:
+                # Nobody's command: then it is everybody's fault.
+                lost += ring.void(0, None)
+            self._failed += 1 if lost else 0
+            self._aborted += max(len(lost) - 1, 0)
+            self._charge(lost, facts, failed)
+            # Nobody may take the NOPs for success: their loss is known before they run.
+            self._admin.reset_queue(self.id, ring.poll())
+            ring.resume(ring.poll())
+        finally:
+            ring.let_go()
+        return bool(lost)
 
-    def _check_lost(self, sequence: int) -> None:
-        for first, last, facts in self._lost:
-            if first <= sequence <= last:
-                raise DeviceFault(**facts)
+    def _charge(self, lost: list[tuple[int, bytes, Any, int]], facts: dict[str, Any], failed: int | None) -> None:
+        """Note what was lost: here, by sequence number, and on the accounts of the streams."""
+        by_owner: dict[int, list[LostCommand]] = {}
+        for sequence, raw, site, owner in lost:
+            by_owner.setdefault(owner, []).append(LostCommand(sequence, raw, site))
+        for owner, commands in by_owner.items():
+            account, found = self.accounts.get(owner), facts
+            if account is not None:
+                found = charge(account, facts, commands, failed)
+                account.stop(FAILED)
+                for queue in list(account.queues) if failed is not None else ():
+                    if queue is not self:
+                        # What the stream has submitted elsewhere since waits for this queue.
+                        queue.abort_first(owner)
+            self._losses.append(Loss((command.sequence for command in commands), found))
 
-    def _timeout(self, sequence: int, seconds: float) -> DeviceTimeout:
-        at = self.ring.poll() + 1
-        raw, where = self.ring.command_at(at), self._sites.find(at)
-        what = f"{self.ring.name}: command {sequence} was not done within {seconds:g} s"
-        if raw is None:
-            return DeviceTimeout(what, cause="it was never submitted", hint="wait for what was submitted")
-        what += f"; the device is at command {at}: {decode(raw)}" + (f", submitted at {where}" if where else "")
-        report = self._port.explain(self.id) if self._port.explain else None
-        error = DeviceTimeout(what, cause=report.sentence if report else "the device hangs, or has more to do",
-                              hint="print the error's report, or wait longer")
-        error.report = report
-        return error
+    def abort(self, sequence: int, number: int) -> bool:
+        """Have the device fail a command of the stream `number`; say whether it was not done yet."""
+        if sequence not in self.ring.outstanding(number):
+            return False
+        try:
+            self._admin.abort(self.id, sequence)
+        except InvalidArgument:  # done meanwhile
+            return False
+        return True
+
+    def abort_first(self, number: int) -> None:
+        """Have the device fail the first outstanding command of a stream, if there is one."""
+        with contextlib.suppress(MaiaError):
+            for sequence in self.ring.outstanding(number)[:1]:
+                self._admin.abort(self.id, sequence)
+
+    def where(self, sequence: int) -> str:
+        """Return ``file:line`` that submitted a command, empty where it is not known."""
+        return describe(self.ring.site(sequence))
+
+    def check(self, sequence: int) -> None:
+        """Raise the DeviceFault that the command `sequence` was lost to, if it was."""
+        for loss in list(self._losses):
+            if sequence in loss:
+                raise DeviceFault(**loss.facts)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -374,37 +379,10 @@ class QueuePair:
 
     def _figures(self, *, closing: bool) -> QueueStatistics:
         ring = self.ring
-        state, _, failed_at = ring.state
-        submitted = ring.head - ring.initial
-        if state:
-            completed, failed = failed_at - 1 - ring.initial, 1
-            aborted, in_flight = submitted - completed - failed, 0
-        else:
-            completed, failed = min(ring.poll() - ring.initial, submitted), 0
-            aborted, in_flight = (submitted - completed, 0) if closing else (0, submitted - completed)
-        past = self._past
-        return QueueStatistics(past[0] + submitted, past[1] + completed, past[2] + failed, past[3] + aborted, in_flight,
-                               ring.doorbells, ring.waiters.sleeps)
-
-    def reset(self) -> None:
-        """Let a stopped queue run again; what it had not run counts as aborted.
-
-        Sequence numbers go on from where they were; waits for aborted ones raise the fault that aborted them.
-        """
-        state, _, failed_at = self.ring.state
-        figures = self._figures(closing=True)
-        head = self.ring.head
-        lost = (failed_at, head, self._fault_facts()) if state else (self.ring.poll() + 1, head, self._never_ran())
-        # One number is left out, so that what is recorded from here on is not taken for the newest of the lost.
-        self._admin.reset_queue(self.id, head + 1)
-        self._past = [figures.submitted, figures.completed, figures.failed, figures.aborted]
-        if lost[0] <= head:
-            self._lost.append(lost)
-        self.ring.reset(head + 1)
-
-    def _never_ran(self) -> dict[str, Any]:
-        return {"code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id,
-                "sequence": self.ring.poll() + 1}
+        submitted, left = ring.head - ring.initial, len(ring.outstanding())
+        aborted, in_flight = (self._aborted + left, 0) if closing else (self._aborted, left)
+        return QueueStatistics(submitted, submitted - self._failed - self._aborted - left, self._failed, aborted,
+                               in_flight, ring.doorbells, ring.waiters.sleeps)
 
     def close(self) -> None:
         """Delete the queue and give its memory back; waits end with ClosedError. Idempotent; does not synchronize.
@@ -416,6 +394,7 @@ class QueuePair:
         """
         if self.ring.closed:
             return
+        self._end_repairs()
         self._settle()
         try:
             self._admin.delete_queue(self.id)
@@ -430,20 +409,31 @@ class QueuePair:
 
     def release(self) -> None:
         """Give the memory back; for owners that know the device no longer touches it. Idempotent."""
+        self._end_repairs()
         self._settle()
         if self.ring.close():
             self._free()
+
+    def _end_repairs(self) -> None:
+        self._closing = True
+        if not self._repairing.acquire(timeout=_LONGEST_REPAIR):
+            return
+        self._repairing.release()
 
     def _settle(self) -> None:
         """Take the last figures, and remember what will never run."""
         if self._final is not None or self.ring.closed:
             return
+        ring = self.ring
         try:
             self._final = self._figures(closing=True)
+            left = ring.outstanding()
         except ForkedError:
             return
-        if self._final.aborted > self._past[3] and not self.ring.state[0]:
-            self._lost.append((self.ring.poll() + 1, self.ring.head, self._never_ran()))
+        if left:
+            facts = {"code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id, "sequence": left[0]}
+            lost = [(s, ring.command_at(s) or b"", ring.site(s), ring.owner(s)) for s in left]
+            self._charge(lost, facts, None)
 
     def _free(self) -> None:
         while self._blocks:

@@ -16,16 +16,19 @@ from cpython.buffer cimport (
     Py_buffer, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_XDECREF
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from maia_rt._fast.atomics cimport fence, load32, load64, now_ns, prefetch_for_write, store32
 from maia_rt._fast.command cimport Command
 from maia_rt._fast.commands cimport (
-    COMMAND_BYTES, FLAG_REPORT, OPCODE_LAUNCH, OPCODE_NOP, PROGRESS_BYTES, command_t, progress_t,
-    report_t, semaphore_op_t,
+    COMMAND_BYTES, FLAG_BARRIER, FLAG_REPORT, OPCODE_LAUNCH, OPCODE_NOP, PROGRESS_BYTES, QUEUE_RUNNING,
+    WAIT_GE, command_t, progress_t, report_t, semaphore_op_t,
 )
 from maia_rt._fast.registers cimport DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
+from maia_rt._fast.sites cimport site_t
 from maia_rt._fast.waiters cimport CLOSED, DONE, LOST, STOPPED, TIMED_OUT, Waiters, pthread_mutex_t
 
 from maia_rt.errors import ClosedError, DeviceLost, ForkedError, InvalidArgument, QueueFull
@@ -55,9 +58,9 @@ cdef enum Gate:
     SHUT = 2
     DEAD = 3
     FORKED = 4
-    HALTED = 5
 
 cdef enum:
+    VOID = 0xFFFFFFFF  # the owner of what will never run
     MAX_ARGS = 32
     KEEP_GIL = 128  # commands that are copied faster than the GIL changes hands
 
@@ -72,7 +75,50 @@ _live = weakref.WeakSet()
 
 
 class QueueStopped(Exception):
-    """The queue stands still after a fault; the queue's owner turns this into a DeviceFault."""
+    """The queue stands still after a fault; the queue's owner lets it run again."""
+
+
+cdef class Account:
+    """What one stream has submitted, on whichever queue.
+
+    Parameters
+    ----------
+    number : int
+        From 1; marks its commands in the rings.
+    name : str
+        For error texts.
+
+    Attributes
+    ----------
+    last : int
+        The sequence number of its newest command, on its present queue.
+    follow : int
+        A sequence number on the present queue that its next command comes after, if that goes elsewhere.
+    submitted, failed, aborted : int
+        Commands.
+    stopped : int
+        Not 0: the next command has to ask first. Bits are the owner's.
+    failure : dict or None
+        The facts of the fault that the stream stands still for, as DeviceFault takes them.
+    lost : list
+        What that fault cost, until somebody asks for it.
+    queues : dict
+        By queue that the stream has left: its last sequence number there.
+    """
+
+    def __init__(self, uint32_t number, str name):
+        self.number = number
+        self.name = name
+        self.lost = []
+        self.queues = {}
+
+    def stop(self, uint32_t why):
+        """Set bits of `stopped`: the next command asks first. In one step for other threads."""
+        self.stopped |= why
+
+    def go(self, uint32_t why):
+        """Clear bits of `stopped`."""
+        self.stopped &= ~why
 
 
 cdef class Ring:
@@ -102,10 +148,17 @@ cdef class Ring:
         How long a wait spins before it sleeps.
     wake : callable, optional
         Called after a doorbell while the device sleeps. None: the device never sleeps.
+    sites : bool
+        Whether the submitting line of each command is remembered.
     queue_fd, event_fd, liveness_fd : int
         The queue's vector, the device's event vector, the transport; -1 for none.
     on_event, service : callable
         Called when the last two are readable.
+
+    Attributes
+    ----------
+    sole : Account or None
+        Whose are the commands that are submitted here, not through a lane.
 
     Raises
     ------
@@ -113,39 +166,13 @@ cdef class Ring:
         A buffer has the wrong size.
     """
 
-    cdef object __weakref__
-    cdef Py_buffer views[5]
-    cdef int view_count
-    cdef command_t *slots
-    cdef const report_t *reports
-    cdef const progress_t *progress_block
-    cdef uint8_t *doorbell
-    cdef uint64_t *args
-    cdef uint64_t args_address
-    cdef uint64_t mask
-    cdef uint64_t head
-    cdef uint64_t limit
-    cdef uint64_t initial
-    cdef int gate
-    cdef bint can_sleep
-    cdef uint32_t report_head
-    cdef uint32_t report_mask
-    cdef uint32_t reports_asked
-    cdef uint32_t reports_limit
-    cdef list records
-    cdef pthread_mutex_t batch
-    cdef readonly Waiters waiters
-    cdef readonly str name
-    cdef readonly uint64_t doorbells
-    cdef public int64_t timeout_ns
-
     def __cinit__(self):
         pthread_mutex_init(&self.batch, NULL)
         self.gate = SHUT
 
     def __init__(self, commands, progress, reports, doorbell, args, uint64_t args_address=0, *, uint64_t initial=0,
                  str name="queue", int64_t timeout_ns=30_000_000_000, int64_t spin_ns=20_000, wake=None,
-                 int queue_fd=-1, int event_fd=-1, int liveness_fd=-1, service=None, on_event=None):
+                 bint sites=False, int queue_fd=-1, int event_fd=-1, int liveness_fd=-1, service=None, on_event=None):
         if self.view_count:
             raise InvalidArgument("a ring is made once")
         for number, (buffer, writable) in enumerate(
@@ -169,6 +196,10 @@ cdef class Ring:
         self.report_mask = <uint32_t>report_entries - 1
         # A command does not start without room for its record, so room for a whole ring of them stays free.
         self.reports_limit = <uint32_t>(report_entries - entries)
+        self.owners = <uint32_t *>calloc(entries, sizeof(uint32_t))
+        self.sites = <site_t *>calloc(entries, sizeof(site_t)) if sites else NULL
+        if self.owners == NULL or (sites and self.sites == NULL):
+            raise MemoryError
         self.name = name
         self.timeout_ns = timeout_ns
         self.records = []
@@ -187,6 +218,12 @@ cdef class Ring:
             self.view_count -= 1
             PyBuffer_Release(&self.views[self.view_count])
         pthread_mutex_destroy(&self.batch)
+        cdef uint64_t i
+        if self.sites != NULL:
+            for i in range(self.mask + 1):
+                Py_XDECREF(self.sites[i].code)
+        free(self.sites)
+        free(self.owners)
 
     # Submission ------------------------------------------------------------------------------------------------------
 
@@ -198,12 +235,12 @@ cdef class Ring:
         QueueFull
             No slot became free within the queue's time.
         QueueStopped
-            The queue is known to stand still.
+            There is no room, and the queue stands still.
         DeviceLost, ClosedError, ForkedError
         """
         cdef command_t *slot = Ring_slot(self, flags)
         Ring_encode(slot, opcode, flags, units, a, b, c)
-        return Ring_publish(self, slot)
+        return Ring_publish(self, slot, self.sole)
 
     def submit_with(self, uint8_t opcode, uint8_t flags, uint32_t units, uint64_t a, uint64_t b, uint64_t c,
                     tuple pre not None, tuple post not None):
@@ -221,13 +258,28 @@ cdef class Ring:
         Ring_semaphores(self, raw.post, post)
         cdef command_t *slot = Ring_slot(self, flags)
         slot[0] = raw
-        return Ring_publish(self, slot)
+        return Ring_publish(self, slot, self.sole)
+
+    def submit_for(self, Account account not None, uint16_t semaphore, uint32_t value):
+        """Submit, for an account whose stream is on another queue still, a NOP that waits for a semaphore's value.
+
+        The account's `last` stays what it is. Returns the sequence number; raises as `submit`.
+        """
+        cdef command_t *slot = Ring_slot(self, FLAG_BARRIER)
+        cdef uint64_t last = account.last
+        Ring_encode(slot, OPCODE_NOP, FLAG_BARRIER, 0, 0, 0, 0)
+        slot.pre[0].index = semaphore
+        slot.pre[0].op = WAIT_GE
+        slot.pre[0].value = value
+        sequence = Ring_publish(self, slot, account)
+        account.last = last
+        return sequence
 
     def submit_encoded(self, Command command not None):
         """Submit a copy of an encoded command; return its sequence number. Raises as `submit`."""
         cdef command_t *slot = Ring_slot(self, command.raw.flags)
         slot[0] = command.raw
-        return Ring_publish(self, slot)
+        return Ring_publish(self, slot, self.sole)
 
     def submit_wait(self, uint8_t flags, uint16_t semaphore, uint8_t op, uint32_t value):
         """Submit a NOP that waits for a semaphore; return its sequence number. Raises as `submit`."""
@@ -236,7 +288,7 @@ cdef class Ring:
         slot.pre[0].index = semaphore
         slot.pre[0].op = op
         slot.pre[0].value = value
-        return Ring_publish(self, slot)
+        return Ring_publish(self, slot, self.sole)
 
     def submit_launch(self, uint8_t flags, uint32_t kernel, uint32_t units, tuple args not None):
         """Submit a LAUNCH; return its sequence number.
@@ -252,25 +304,11 @@ cdef class Ring:
         InvalidArgument
             Too many arguments, or the queue has no argument slots. Besides as `submit`.
         """
-        cdef Py_ssize_t count = len(args)
-        if count > MAX_ARGS or self.args == NULL:
-            raise InvalidArgument(f"{self.name}: {count} arguments; a launch takes {MAX_ARGS if self.args else 0}")
+        Ring_check_arguments(self, args)
         cdef command_t *slot = Ring_slot(self, flags)
-        cdef uint64_t at = (self.head & self.mask) * MAX_ARGS
-        cdef Py_ssize_t i
-        cdef float single
-        cdef object value
-        for i in range(count):
-            value = args[i]
-            if type(value) is float:
-                single = value
-                self.args[at + i] = 0
-                memcpy(&self.args[at + i], &single, sizeof(single))
-            else:
-                self.args[at + i] = value
-        Ring_encode(slot, OPCODE_LAUNCH, flags, units, kernel | <uint64_t>count << 32,
-                    self.args_address + at * 8 if count else 0, 0)
-        return Ring_publish(self, slot)
+        Ring_encode(slot, OPCODE_LAUNCH, flags, units, kernel | <uint64_t>len(args) << 32,
+                    Ring_arguments(self, args), 0)
+        return Ring_publish(self, slot, self.sole)
 
     def submit_batch(self, commands):
         """Submit encoded commands, one after the other and nobody's between them, with one doorbell for each ringful.
@@ -303,7 +341,7 @@ cdef class Ring:
             source = <const command_t *>view.buf
             count = left = view.len // COMMAND_BYTES
             while self.gate:
-                Ring_pass_gate(self)
+                Ring_pass_gate(self, self.timeout_ns)
             held = left > KEEP_GIL or left > self.limit - self.head
             if held:
                 self.gate = BATCH
@@ -314,7 +352,7 @@ cdef class Ring:
             try:
                 while left:
                     if self.limit - self.head < min(left, entries // 2 + 1):
-                        Ring_make_room(self, min(left, entries // 2 + 1))
+                        Ring_make_room(self, min(left, entries // 2 + 1), self.timeout_ns)
                     take = min(left, self.limit - self.head)
                     if self.reports_asked >= self.reports_limit:
                         Ring_drain(self)
@@ -325,6 +363,7 @@ cdef class Ring:
                         Ring_write(self, source, take)
                     left -= take
                     source += take
+                    Ring_own(self, self.sole, take)
                     sequence = Ring_doorbell(self, take)
                 return sequence if count else self.head
             except QueueFull as error:
@@ -417,17 +456,117 @@ cdef class Ring:
             return None
         return (<const uint8_t *>&self.slots[(sequence - 1) & self.mask])[:COMMAND_BYTES]
 
-    def reset(self, uint64_t initial):
-        """Start anew at index `initial`, after the device has reset the queue to it and nobody waits any more."""
+    @property
+    def stopped(self):
+        """Whether the queue stands still after a fault. A closed ring does not."""
         if self.gate == SHUT or self.gate == FORKED:
-            Ring_must_be_open(self)
-        self.head = self.initial = initial
-        self.limit = initial + self.mask + 1
-        self.report_head = 0
+            return False
+        return load32(&self.progress_block.state) != QUEUE_RUNNING
+
+    def site(self, uint64_t sequence):
+        """Return (code object, byte offset) of the line that submitted a command, None where it is not known."""
+        cdef site_t *site
+        if self.sites == NULL:
+            return None
+        site = &self.sites[sequence & self.mask]
+        return (<object>site.code, site.lasti) if site.code != NULL and site.sequence == sequence else None
+
+    def owner(self, uint64_t sequence):
+        """Return the number of the account that submitted a command; 0 for none, or where its slot was used again."""
+        return self.owners[(sequence - 1) & self.mask] if self.head - sequence <= self.mask else 0
+
+    def outstanding(self, number=None):
+        """Return the sequence numbers of what has not retired, of one account where its number is given.
+
+        What was made void does not count.
+        """
+        cdef uint64_t i
+        cdef uint32_t owner
+        if self.gate == SHUT or self.gate == FORKED:
+            return []
+        cdef uint32_t wanted = 0 if number is None else number
+        cdef bint whole = number is None
+        found = []
+        i = load64(&self.progress_block.progress)
+        while i != self.head:
+            owner = self.owners[i & self.mask]
+            i += 1
+            if owner != VOID and (whole or owner == wanted):
+                found.append(i)
+        return found
+
+    # A queue that stopped --------------------------------------------------------------------------------------------
+
+    def hold(self, bint blocking=True):
+        """Keep submissions out until `let_go`; those of other threads wait. Return whether it is held.
+
+        Parameters
+        ----------
+        blocking : bool
+            Whether to wait for another thread's batch.
+        """
+        Ring_must_be_open(self)
+        while self.gate == BATCH:
+            if not blocking:
+                return False
+            Ring_await_batch(self, self.timeout_ns)
+        Ring_must_be_open(self)
+        self.held_over = self.gate
+        self.gate = BATCH
+        self.waiters.active += 1
+        # Free, unless the holder of a former batch is just letting go of it.
+        with nogil:
+            pthread_mutex_lock(&self.batch)
+        return True
+
+    def let_go(self):
+        """Let submissions in again."""
+        self.waiters.active -= 1
+        if self.gate == BATCH:
+            self.gate = self.held_over
+        pthread_mutex_unlock(&self.batch)
+
+    def void(self, uint64_t first, number):
+        """Turn an account's commands from `first` on into NOPs. The queue must stand still, and be held.
+
+        They keep their sequence numbers, wait for nothing, post nothing and report nothing.
+
+        Parameters
+        ----------
+        first : int
+        number : int or None
+            None for everybody's.
+
+        Returns
+        -------
+        list of (sequence, 64 bytes, site, number)
+            What was lost, in order.
+        """
+        Ring_must_be_open(self)
+        Ring_drain(self)
+        cdef uint64_t i
+        cdef command_t *slot
+        cdef uint32_t owner
+        lost = []
         self.reports_asked = 0
-        self.records = []
-        self.waiters.armed = 0
-        self.gate = OPEN
+        for i in range(max(first, load64(&self.progress_block.progress) + 1), self.head + 1):
+            slot = &self.slots[(i - 1) & self.mask]
+            owner = self.owners[(i - 1) & self.mask]
+            if owner != VOID and (number is None or owner == <uint32_t>number):
+                lost.append((i, (<const uint8_t *>slot)[:COMMAND_BYTES], self.site(i), owner))
+                Ring_encode(slot, OPCODE_NOP, FLAG_BARRIER, 0, 0, 0, 0)
+                self.owners[(i - 1) & self.mask] = VOID
+            self.reports_asked += (slot.flags & FLAG_REPORT) != 0
+        return lost
+
+    def resume(self, uint64_t initial):
+        """Go on after the device has reset the queue to the index `initial`: what lies there is rung for again."""
+        Ring_must_be_open(self)
+        self.report_head = 0
+        self.limit = initial + self.mask + 1
+        if self.head != initial:
+            Ring_doorbell(self, 0)
+        self.waiters.rearm()
 
     def close(self, int64_t timeout_ns=2_000_000_000):
         """End every wait with ``WAIT_CLOSED`` and let go of the memory. Idempotent; waits for other threads to leave.
@@ -451,16 +590,21 @@ cdef class Ring:
 cdef inline command_t *Ring_slot(Ring self, uint8_t flags) except NULL:
     """The slot of the next command. From here to the doorbell the GIL is held."""
     while self.gate or self.head == self.limit:
-        Ring_prepare(self)
+        Ring_prepare(self, self.timeout_ns)
     if flags & FLAG_REPORT:
-        if self.reports_asked >= self.reports_limit:
-            Ring_drain(self)
-        self.reports_asked += 1
+        Ring_ask_report(self)
     return &self.slots[self.head & self.mask]
 
 
-cdef inline void Ring_encode(command_t *slot, uint8_t opcode, uint8_t flags, uint32_t units,
-                             uint64_t a, uint64_t b, uint64_t c) noexcept:
+cdef int Ring_ask_report(Ring self) except -1:
+    if self.reports_asked >= self.reports_limit:
+        Ring_drain(self)
+    self.reports_asked += 1
+    return 0
+
+
+cdef void Ring_encode(command_t *slot, uint8_t opcode, uint8_t flags, uint32_t units,
+                      uint64_t a, uint64_t b, uint64_t c) noexcept:
     slot.opcode = opcode
     slot.flags = flags
     slot.units = units
@@ -483,11 +627,51 @@ cdef int Ring_semaphores(Ring self, semaphore_op_t *slots, tuple operations) exc
     return 0
 
 
-cdef inline object Ring_publish(Ring self, command_t *slot):
+cdef int Ring_check_arguments(Ring self, tuple args) except -1:
+    if len(args) > MAX_ARGS or self.args == NULL:
+        raise InvalidArgument(f"{self.name}: {len(args)} arguments; a launch takes {MAX_ARGS if self.args else 0}")
+    return 0
+
+
+cdef uint64_t Ring_arguments(Ring self, tuple args) except 1:
+    """Write a launch's arguments to the place that belongs to the next command; return their device address."""
+    cdef uint64_t at = (self.head & self.mask) * MAX_ARGS
+    cdef Py_ssize_t i
+    cdef float single
+    cdef object value
+    for i in range(len(args)):
+        value = args[i]
+        if type(value) is float:
+            single = value
+            self.args[at + i] = 0
+            memcpy(&self.args[at + i], &single, sizeof(single))
+        else:
+            self.args[at + i] = value
+    return self.args_address + at * 8 if len(args) else 0
+
+
+cdef object Ring_publish(Ring self, command_t *slot, Account account):
     slot.sequence = <uint16_t>(self.head + 1)
+    if account is None:
+        self.owners[self.head & self.mask] = 0
+    else:
+        self.owners[self.head & self.mask] = account.number
+        account.last = self.head + 1
+        account.submitted += 1
     # The device read the slots ahead a ring ago: take their lines back before the next call's fence has to wait for it.
     prefetch_for_write(&self.slots[(self.head + 2) & self.mask])
     return Ring_doorbell(self, 1)
+
+
+cdef void Ring_own(Ring self, Account account, uint64_t count) noexcept:
+    """Note whose the next `count` commands are, which are about to be published."""
+    cdef uint64_t i
+    cdef uint32_t number = 0 if account is None else account.number
+    for i in range(count):
+        self.owners[(self.head + i) & self.mask] = number
+    if number:
+        account.last = self.head + count
+        account.submitted += count
 
 
 cdef inline object Ring_doorbell(Ring self, uint64_t count):
@@ -515,39 +699,37 @@ cdef void Ring_write(Ring self, const command_t *source, uint64_t count) noexcep
         self.reports_asked += (slot.flags & FLAG_REPORT) != 0
 
 
-cdef int Ring_prepare(Ring self) except -1:
+cdef int Ring_prepare(Ring self, int64_t timeout_ns) except -1:
     if self.gate:
-        Ring_pass_gate(self)
+        Ring_pass_gate(self, timeout_ns)
     else:
-        Ring_make_room(self, 1)
+        Ring_make_room(self, 1, timeout_ns)
     return 0
 
 
-cdef int Ring_pass_gate(Ring self) except -1:
+cdef int Ring_pass_gate(Ring self, int64_t timeout_ns) except -1:
     """Wait for another thread's batch, or raise what the ring's state calls for."""
     if self.gate == BATCH:
-        return Ring_await_batch(self)
+        return Ring_await_batch(self, timeout_ns)
     Ring_must_be_open(self)
     if self.gate == DEAD:
-        Ring_raise(self, LOST)
-    if self.gate == HALTED:
-        Ring_raise(self, STOPPED)
+        Ring_raise(self, LOST, timeout_ns)
     return 0
 
 
-cdef int Ring_await_batch(Ring self) except -1:
-    cdef int64_t deadline = now_ns() + self.timeout_ns
-    cdef bint free
+cdef int Ring_await_batch(Ring self, int64_t timeout_ns) except -1:
+    cdef int64_t deadline = now_ns() + timeout_ns
+    cdef bint taken
     while self.gate == BATCH:
         PyErr_CheckSignals()
         if now_ns() >= deadline:
-            raise QueueFull(f"{self.name}: another thread's batch did not fit for {self.timeout_ns / 1e9:g} s",
+            raise QueueFull(f"{self.name}: another thread's batch did not fit for {timeout_ns / 1e9:g} s",
                             cause="the device hangs, or a command waits for a semaphore that nobody signals",
                             hint="give each thread a stream of its own")
         self.waiters.active += 1
         with nogil:
-            free = maia_lock_for(&self.batch, 100_000_000) == 0
-            if free:
+            taken = maia_lock_for(&self.batch, 100_000_000) == 0
+            if taken:
                 pthread_mutex_unlock(&self.batch)
         self.waiters.active -= 1
     return 0
@@ -570,29 +752,26 @@ cdef int Ring_refresh(Ring self) except -1:
     return 0
 
 
-cdef int Ring_make_room(Ring self, uint64_t count) except -1:
+cdef int Ring_make_room(Ring self, uint64_t count, int64_t timeout_ns) except -1:
     """Wait until `count` slots are free. Other threads may take them before this one goes on."""
     Ring_refresh(self)
     if self.limit - self.head >= count:
         return 0
     cdef uint64_t sequence = self.head + count - (self.mask + 1)
-    cdef int status = self.waiters.wait(sequence, self.timeout_ns)
+    cdef int status = self.waiters.wait(sequence, timeout_ns)
     Ring_note(self, status)
     if status != DONE:
-        Ring_raise(self, status, sequence)
+        Ring_raise(self, status, timeout_ns, sequence)
     return Ring_refresh(self)
 
 
 cdef int Ring_note(Ring self, int status) except -1:
-    if self.gate == OPEN or self.gate == BATCH:
-        if status == STOPPED:
-            self.gate = HALTED
-        elif status == LOST:
-            self.gate = DEAD
+    if status == LOST and (self.gate == OPEN or self.gate == BATCH):
+        self.gate = DEAD
     return 0
 
 
-cdef int Ring_raise(Ring self, int status, uint64_t sequence=0) except -1:
+cdef int Ring_raise(Ring self, int status, int64_t timeout_ns, uint64_t sequence=0) except -1:
     if status == STOPPED:
         raise QueueStopped(self.name)
     if status == LOST:
@@ -600,7 +779,7 @@ cdef int Ring_raise(Ring self, int status, uint64_t sequence=0) except -1:
                          hint="open the device anew")
     if status == CLOSED:
         raise ClosedError(f"{self.name} has been closed")
-    raise QueueFull(f"{self.name}: the ring's {self.mask + 1} entries stayed full for {self.timeout_ns / 1e9:g} s; "
+    raise QueueFull(f"{self.name}: the ring's {self.mask + 1} entries stayed full for {timeout_ns / 1e9:g} s; "
                     f"waited for command {sequence}, the device has retired "
                     f"{load64(&self.progress_block.progress)} of {self.head}",
                     cause="the device hangs, or a command waits for a semaphore that nobody signals",

@@ -46,6 +46,7 @@ cdef class Waiters:
     cdef int look(self, uint64_t sequence) noexcept nogil
     cdef int wait(self, uint64_t sequence, int64_t timeout_ns) except -1
     cdef void kick_all(self) noexcept nogil
+    cdef int rearm(self) except -1
     cdef bint shut(self, int64_t timeout_ns)
     cdef bint device_sleeps(self) noexcept nogil
     cdef int wake_device(self) except -1

@@ -132,6 +132,18 @@ cdef class Waiters:
             waiter = waiter.next
         pthread_mutex_unlock(&self.mutex)
 
+    cdef int rearm(self) except -1:
+        """Tell everybody to look again and arm anew: the device has forgotten what it was armed with."""
+        cdef bint must_wake
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            self.armed = 0
+            must_wake = Waiters_arm(self)
+            pthread_mutex_unlock(&self.mutex)
+        if must_wake:
+            self.wake_device()
+        return 0
+
     cdef bint shut(self, int64_t timeout_ns):
         """End every wait with CLOSED; return whether all have ended within the time."""
         cdef int64_t deadline = now_ns() + timeout_ns

@@ -103,6 +103,7 @@ class Memory(abc.ABC):
         """Give the memory back; idempotent. A view does not close its buffer."""
         if self._root is self and not self._closed:
             self._closed = True
+            self.device._addresses.forget(self._address, self.nbytes, repr(self).removesuffix(", closed>") + ">")
             self._give_up()
 
     def __enter__(self: M) -> M:

@@ -78,7 +78,8 @@ def _from_host(stream: Stream, to: int, source: HostMemory) -> CopyPath:
             count = min(CHUNK_BYTES, size - start)
             address, piece = staging.take(count)
             source.copy_to(piece, start, count)
-            staging.use(stream._submit(_COPY, payload=(address, to + start, count)))
+            stream._submit(_COPY, payload=(address, to + start, count))
+            staging.use(stream._mark())
     return CopyPath.STAGED
 
 
@@ -90,7 +91,8 @@ def _to_host(stream: Stream, target: HostMemory, at: int) -> None:
             for start in range(0, size, CHUNK_BYTES):
                 count = min(CHUNK_BYTES, size - start)
                 address, _ = staging.take(count)
-                staging.use(stream._submit(_COPY, payload=(at + start, address, count)), target, start)
+                stream._submit(_COPY, payload=(at + start, address, count))
+                staging.use(stream._mark(), target, start)
             staging.finish()
         except BaseException:
             staging.forget_targets()
@@ -100,7 +102,7 @@ def _to_host(stream: Stream, target: HostMemory, at: int) -> None:
 def _stage(stream: Stream) -> Staging:
     stream._require_open()
     if stream._staging is None:
-        stream._staging = Staging(stream._queue, stream.device._pool.allocate(STAGING_BYTES))
+        stream._staging = Staging(stream.device._pool.allocate(STAGING_BYTES), stream.timeout)
     return stream._staging
 
 

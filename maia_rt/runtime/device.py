@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
+import itertools
 import os
 import threading
 import time
@@ -16,18 +16,22 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from maia_rt._fast.ring import Account
 from maia_rt.contract.program import Image
-from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory, OutOfQueues
+from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import DeviceHeap, PinnedBlock, PinnedPool, SpaceStatistics
 from maia_rt.observe import live
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
+from maia_rt.runtime import check
+from maia_rt.runtime.addresses import AddressBook
 from maia_rt.runtime.buffer import Buffer, HostBuffer, Shape, measure
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
 from maia_rt.runtime.pinned import PinnedRanges
 from maia_rt.runtime.program import Program
+from maia_rt.runtime.queues import QueueTable
 from maia_rt.runtime.reclaim import Reclaimer
 from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
@@ -52,7 +56,8 @@ class Device:
     """
 
     def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
-                 timeout: float = DEFAULT_TIMEOUT, *, validate: bool = False) -> None:
+                 timeout: float = DEFAULT_TIMEOUT, *, validate: bool = False, sites: bool = True,
+                 max_queues: int | None = None) -> None:
         # What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`.
         self._validator = Validator() if validate else None
         self._transport = transport
@@ -64,14 +69,17 @@ class Device:
         self._live: live.Attachment | None = None
         self.name = transport.name
         self.timeout = timeout
-        self._queues: dict[int, QueuePair] = {}
-        self._unconfirmed: list[QueuePair] = []
+        self._sites = sites
+        self._max_queues = max_queues
+        self._queues = QueueTable(self._make_queue, 0, self.name)
+        self._numbers = itertools.count(1)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._memories: weakref.WeakSet[Buffer | HostBuffer] = weakref.WeakSet()
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
-        self._reclaimer = Reclaimer(lambda: list(self._queues.values()))
+        self._addresses = AddressBook(self._memories)
+        self._reclaimer = Reclaimer(lambda: list(self._queues))
         try:
             self._firmware = Firmware(transport)
             self._pool = PinnedPool(transport, address_bits=self._firmware.capabilities.host_address_bits)
@@ -88,10 +96,19 @@ class Device:
         capabilities = self._firmware.capabilities
         self._heap = DeviceHeap(capabilities.hbm_base, capabilities.hbm_bytes, granule=_HEAP_ALIGNMENT)
         count = min(capabilities.max_queues, len(self._firmware.vectors) - 1)
-        # A queue starts where the last one of its number ended: a wait for that one's progress stays satisfied.
+        if self._max_queues is not None:
+            count = min(count, self._max_queues)
         # MAIA_FIRST_INDEX lets tests pass 2^32 at once.
-        self._next_index = [int(os.environ.get("MAIA_FIRST_INDEX", "0"))] * count
-        self._free_queues = list(range(count))
+        self._queues = QueueTable(self._make_queue, count, self.name, int(os.environ.get("MAIA_FIRST_INDEX", "0")))
+
+    def _make_queue(self, number: int, first_index: int, priority: int, entries: int) -> QueuePair:
+        firmware = self._firmware
+        queue = QueuePair(
+            firmware, self._pool, replace(firmware.port(), explain=on_timeout(self)), queue=number, vector=1 + number,
+            eventfd=firmware.vectors[1 + number], entries=entries, spin_ns=_SPIN_NS, initial=first_index,
+            timeout=self.timeout, priority=priority, sites=self._sites, describe=self._addresses.describe)
+        firmware.watch(queue)
+        return queue
 
     # --- what it is --------------------------------------------------------------------------------------------------
 
@@ -152,7 +169,7 @@ class Device:
         ----------
         entries : int
             Commands that may be outstanding, a power of two within the device's limits. A stream that is full makes
-            the program wait.
+            the program wait. One that shares a queue shares the queue's entries.
         timeout : float, optional
             How long submissions and waits have, in seconds; the device's by default.
         first_index : int, optional
@@ -161,7 +178,7 @@ class Device:
         Raises
         ------
         OutOfQueues
-            Every hardware queue is in use.
+            Every hardware queue has a wait outstanding that other streams may not stand behind.
         """
         self._require_open()
         capabilities = self.capabilities
@@ -170,24 +187,14 @@ class Device:
         if not least <= entries <= most or entries & (entries - 1):
             raise InvalidArgument(f"{self.name}: a stream has a power of two of entries from {least} to {most}, "
                                   f"not {entries}")
+        seconds = check.seconds(self.timeout if timeout is None else timeout)
         with self._lock:
             self._reclaimer.collect()
-            if not self._free_queues:
-                raise OutOfQueues(f"{self.name}: all {len(self._next_index)} hardware queues are in use",
-                                  cause=f"{len(self._streams)} streams are open", hint="close streams that are idle")
-            number = heapq.heappop(self._free_queues)
-            try:
-                queue = QueuePair(
-                    self._firmware, self._pool, replace(self._firmware.port(), explain=on_timeout(self)),
-                    queue=number, vector=1 + number, eventfd=self._firmware.vectors[1 + number], entries=entries,
-                    spin_ns=_SPIN_NS, initial=self._next_index[number] if first_index is None else first_index,
-                    timeout=self.timeout if timeout is None else timeout)
-            except BaseException:
-                heapq.heappush(self._free_queues, number)
-                raise
-            self._firmware.watch(queue)
-            self._queues[number] = queue
-            stream = Stream(self, queue)
+            number = next(self._numbers)
+            account = Account(number, f"stream {number}")
+            queue = self._queues.join(account, entries, 0, first_index)
+            account.last = queue.ring.initial
+            stream = Stream(self, account, queue, seconds)
             self._streams.add(stream)
             return stream
 
@@ -233,7 +240,7 @@ class Device:
             address = self._heap.allocate(max(nbytes, 1), alignment)
         except OutOfMemory:
             # What was closed while commands used it comes back when they are done.
-            for queue in list(self._queues.values()):
+            for queue in self._queues:
                 with contextlib.suppress(MaiaError):
                     queue.wait(queue.ring.head)
             self._reclaimer.collect()
@@ -358,12 +365,12 @@ class Device:
 
     def _close_children(self, *, keep_host: bool) -> None:
         """Close all children of a device that no longer runs."""
-        for stream in self._open_streams():
+        streams = list(self._open_streams())
+        for stream in streams:
+            stream._closed = True
+        self._queues.release()
+        for stream in streams:
             stream._stopped()
-        for queue in [*self._queues.values(), *self._unconfirmed]:
-            queue.release()
-        self._queues.clear()
-        self._unconfirmed.clear()
         for program in list(self._programs):
             program._closed = True
         for memory in list(self._memories):
@@ -399,26 +406,20 @@ class Device:
     def _open_streams(self) -> Iterator[Stream]:
         return (stream for stream in list(self._streams) if not stream.closed)
 
-    def _return_queue(self, queue: QueuePair) -> None:
-        with self._lock:
-            if self._queues.pop(queue.id, None) is not queue:
-                return
-            head = queue.ring.head
-            try:
-                queue.close()
-            except BaseException:
-                self._unconfirmed.append(queue)
-                raise
-            self._next_index[queue.id] = head
-            heapq.heappush(self._free_queues, queue.id)
-        self._reclaimer.collect()
+    def _return_queue(self, account: Account, queue: QueuePair, staging: Staging | None) -> None:
+        try:
+            self._queues.leave(account, queue)
+        finally:
+            if staging is not None:
+                self._reclaimer.abandon(staging.close)
+            self._reclaimer.collect()
 
-    def _abandon_queue(self, queue: QueuePair, staging: Staging | None) -> None:
+    def _abandon_queue(self, account: Account, queue: QueuePair, staging: Staging | None) -> None:
         def end() -> None:
             with contextlib.suppress(MaiaError):
-                self._return_queue(queue)
-            if staging is not None and queue.closed:
-                staging.close()
+                self._queues.leave(account, queue)
+            if staging is not None:
+                self._reclaimer.abandon(staging.close)
 
         self._reclaimer.abandon(end)
 

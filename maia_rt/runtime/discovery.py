@@ -90,7 +90,7 @@ def _is_address(word: str, address: str) -> bool:
 
 
 def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float = DEFAULT_TIMEOUT,
-         validate: bool | None = None) -> Device:
+         validate: bool | None = None, sites: bool = True, max_queues: int | None = None) -> Device:
     """Open a device.
 
     Parameters
@@ -105,6 +105,11 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
         Whether each command is compared with those of other streams before it is submitted: what is a race or a
         certain deadlock raises RaceError or DeadlockError. For development: it costs tens of microseconds a command.
         By default what ``MAIA_VALIDATE`` says, 1 for yes.
+    sites : bool
+        Whether each command's line in the program is remembered, for the texts of faults and time-outs: it costs less
+        than 100 ns a command.
+    max_queues : int, optional
+        How many hardware queues the program uses at most; all that the device has by default. Streams share them.
 
     Returns
     -------
@@ -129,10 +134,12 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     ...     device.upload([1, 2, 3]).copy_to_host()  # doctest: +SKIP
     """
     timeout = check.seconds(timeout)
+    if max_queues is not None:
+        max_queues = check.integer(max_queues, "max_queues", 1, 1 << 16)
     transport, emulator = connect(selector)
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
-    return Device(transport, emulator, timeout, validate=validate)
+    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues)
 
 
 def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Transport, EmbeddedEmulator | None]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from maia_rt.contract.commands import Opcode
 from maia_rt.errors import InvalidArgument
 from maia_rt.queue import QueuePair, Timing
+
+_NOP: Final = int(Opcode.NOP)
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -40,12 +43,14 @@ class Event:
         return None if self._stream is None else self._stream()
 
     def _record(self, stream: Stream) -> None:
-        queue = stream._queue
-        if self.timing:
-            self._sequence, self._time = queue.submit_timed()
+        if not self.timing:
+            self._queue, self._sequence = stream._mark()
         else:
-            self._sequence = queue.ring.head
-        self._queue = queue
+            queue = None
+            while queue is not stream._queue:  # where the command itself brought the stream to another one
+                queue = stream._queue
+                self._sequence, self._time = queue.time(lambda: stream._submit(_NOP, report=True))
+            self._queue = queue
         self._stream = weakref.ref(stream)
 
     def query(self) -> bool:

@@ -57,7 +57,7 @@ class Outstanding:
 
     def where(self, sequence: int) -> str:
         """Which line submitted a command, empty where it is not known."""
-        return self.queue._sites.find(sequence)
+        return self.queue.where(sequence)
 
     def raw(self, sequence: int) -> bytes:
         """The bytes of an outstanding command."""
@@ -70,7 +70,7 @@ def take(device: Device) -> dict[int, Outstanding]:
     for stream in device._open_streams():
         streams.setdefault(stream.queue.id, []).append(repr(stream).strip("<>"))
     found = {}
-    for number, queue in sorted(device._queues.items()):
+    for number, queue in sorted((queue.id, queue) for queue in device._queues):
         try:
             found[number] = _look(queue, tuple(sorted(streams.get(number, ()))))
         except MaiaError:

@@ -18,6 +18,7 @@ class _Piece(NamedTuple):
     end: int
     address: int
     size: int
+    queue: QueuePair
     sequence: int
     target: HostMemory | None
     start: int
@@ -30,13 +31,14 @@ class Staging:
 
     Parameters
     ----------
-    queue : QueuePair
     block : PinnedBlock
         The memory; given back by :meth:`close`.
+    timeout : float
+        How long it waits for a piece, in seconds.
     """
 
-    def __init__(self, queue: QueuePair, block: PinnedBlock) -> None:
-        self._queue = queue
+    def __init__(self, block: PinnedBlock, timeout: float) -> None:
+        self._timeout = timeout
         self._block = block
         self._size = block.size
         self._head = self._tail = self._end = self._at = self._taken = 0
@@ -60,10 +62,13 @@ class Staging:
         self._taken = size
         return self._block.iova + self._at, self._block.address + self._at
 
-    def use(self, sequence: int, target: HostMemory | None = None, start: int = 0) -> None:
-        """Say which command uses the piece just taken, and to where in `target` its contents go when that is done."""
+    def use(self, mark: tuple[QueuePair, int], target: HostMemory | None = None, start: int = 0) -> None:
+        """Say up to which command of which queue the stream uses the piece just taken.
+
+        And to where in `target` its contents go when that is done.
+        """
         self._head = self._end
-        self._used.append(_Piece(self._end, self._block.address + self._at, self._taken, sequence, target, start))
+        self._used.append(_Piece(self._end, self._block.address + self._at, self._taken, *mark, target, start))
 
     def finish(self) -> None:
         """Wait until everything that has a target is there."""
@@ -86,7 +91,7 @@ class Staging:
 
     def _finish_oldest(self) -> None:
         piece = self._used[0]
-        self._queue.wait(piece.sequence)
+        piece.queue.wait(piece.sequence, self._timeout)
         if piece.target is not None:
             piece.target.copy_from(piece.address, piece.start, piece.size)
         self._used.popleft()

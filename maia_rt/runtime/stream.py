@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from maia_rt._fast.ring import QueueStopped
-from maia_rt.contract.commands import CommandFlag, Opcode, PostOp, WaitOp
-from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError
-from maia_rt.queue import QueuePair, QueueStatistics
+from maia_rt._fast.lane import Lane
+from maia_rt._fast.ring import Account
+from maia_rt.contract.commands import Opcode, WaitOp
+from maia_rt.errors import ClosedError, DeviceFault, FaultCode, InvalidArgument, InvalidType, MaiaError
+from maia_rt.loss import LostCommand
+from maia_rt.queue import FAILED, QueuePair
 from maia_rt.runtime.buffer import Memory
 from maia_rt.runtime.copy import CopyPath, copy
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.program import Kernel
+from maia_rt.runtime.queues import CLOSED, Claim
 from maia_rt.runtime.staging import Staging
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
 
-_BARRIER: Final = int(CommandFlag.BARRIER)
 _NOP, _FILL = int(Opcode.NOP), int(Opcode.FILL)
 _GE: Final = WaitOp.GE
 _WIDTHS: Final = (1, 2, 4)
 
 
-class Stream:
-    """Commands that run in the order of their submission, on a hardware queue of their own.
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What became of a stream's commands: ``submitted == completed + failed + aborted + in_flight``.
+
+    Attributes
+    ----------
+    submitted, completed, failed, aborted, in_flight : int
+        Commands, those among them that wait for events or bring the stream to another queue. Aborted ones never ran,
+        because one before them failed or the stream was closed.
+    """
+
+    submitted: int
+    completed: int
+    failed: int
+    aborted: int
+    in_flight: int
+
+
+class Stream(Lane):
+    """Commands that run in the order of their submission.
 
     Made by :meth:`maia_rt.Device.create_stream`. Several threads may use one stream. Every command starts when all
-    before it are done.
+    before it are done. There may be more streams than hardware queues: then some share one, and their commands run in
+    turn; all that is said of a stream, its failures and its waits included, stays true.
 
     Attributes
     ----------
     device : Device
+    number : int
+        Counts the device's streams, from 1.
+    name : str
+        For texts, ``stream 7``.
+    timeout : float
+        How long submissions and waits have, in seconds, unless they are told otherwise.
     """
 
     # A command's method, in this order (all that is public here and submits keeps to it):
@@ -45,10 +74,11 @@ class Stream:
     _capture: Any = None
     """What takes this stream's commands while it is captured into a graph."""
 
-    def __init__(self, device: Device, queue: QueuePair) -> None:
+    def __init__(self, device: Device, account: Account, queue: QueuePair, timeout: float) -> None:
+        super().__init__(account, queue, int(timeout * 1e9))
         self.device = device
-        self._queue = queue
-        self._ring = queue.ring
+        self.timeout = timeout
+        self._closed = False
         self._staging: Staging | None = None
         self._staging_lock = threading.RLock()
 
@@ -129,10 +159,7 @@ class Stream:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
         if self.device._validator is not None:
             self.device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
-        try:
-            self._queue.note(self._ring.submit_launch(_BARRIER, kernel.handle, clusters, words))
-        except QueueStopped:
-            raise self._queue.fault() from None
+        self._launch(kernel.handle, clusters, words)
 
     def record(self, event: Event | None = None, *, timing: bool = False) -> Event:
         """Mark this moment: the event is done when everything submitted so far is.
@@ -169,10 +196,13 @@ class Stream:
         if self.device._validator is not None:
             self.device._validator.wait(self, event)
         queue, sequence = event._queue, event._sequence
-        if queue is None or queue is self._queue or queue.quiet(sequence):
+        if self._account.stopped:
+            self._resume()
+        if queue is None or self._passes(queue, sequence) or queue.quiet(sequence):
             return
         # A queue's progress is also in the semaphore of its number.
-        self._submit(_NOP, pre=((queue.id, _GE, sequence & 0xFFFFFFFF),))
+        self._submit(_NOP, pre=((queue.id, _GE, sequence & 0xFFFFFFFF),),
+                     unbounded=self.device._queues.waits_behind(queue, sequence))
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
@@ -187,47 +217,134 @@ class Stream:
         Raises
         ------
         DeviceFault
-            A command failed. The stream stands still until :meth:`reset`.
+            A command failed. The stream stands still until :meth:`recover`.
         DeviceTimeout
             The text says what the stream is at.
         DeviceLost, ClosedError, ForkedError
         """
         self._require_open()
-        self._queue.wait(self._ring.head, timeout)
+        queue, sequence = self._mark()
+        queue.wait(sequence, self.timeout if timeout is None else timeout)
+        if self._account.stopped & FAILED:
+            raise self._fault()
         if self.device._validator is not None:
             self.device._validator.synchronized(self)
 
     def query(self) -> bool:
         """Say whether everything submitted so far is done. Raises as :meth:`synchronize`."""
         self._require_open()
-        if not self._queue.done(self._ring.head):
+        queue, sequence = self._mark()
+        if not queue.done(sequence):
             return False
+        if self._account.stopped & FAILED:
+            raise self._fault()
         if self.device._validator is not None:
             self.device._validator.synchronized(self)
         return True
+
+    # --- failures ----------------------------------------------------------------------------------------------------
+
+    def abort(self, event: Event | None = None) -> bool:
+        """Have the device give up one command: the newest one before `event`, or what the stream is at.
+
+        It fails with ABORTED, at once if it waits, after its current operation if it runs, or else when its turn comes;
+        what was submitted after it is lost. Then the stream stands still until :meth:`recover`.
+
+        Parameters
+        ----------
+        event : Event, optional
+            Of this stream.
+
+        Returns
+        -------
+        bool
+            Whether there was something to abort; not where the command was done already.
+        """
+        self._require_open()
+        if event is None:
+            # Of several queues the stream was on it is at the one it was on first.
+            at = [(queue, queue.ring.outstanding(self.number)[:1]) for queue in list(self._account.queues)]
+            queue, first = next(((queue, found) for queue, found in at if found), (self._queue, [0]))
+            return bool(first[0]) and queue.abort(first[0], self.number)
+        if not isinstance(event, Event):
+            raise InvalidType(f"abort takes an Event, not {type(event).__name__}",
+                              hint="pass one that this stream recorded, or nothing")
+        if event.stream is not self or event._queue is None:
+            raise InvalidArgument("the event was not recorded by this stream")
+        return event._queue.abort(event._sequence, self.number)
+
+    def recover(self) -> list[LostCommand]:
+        """Let a stream that stands still after a fault go on, and say what it lost. Other streams never stood still.
+
+        Returns
+        -------
+        list of LostCommand
+            The command that failed and all that were submitted after it, in order; empty where nothing had failed.
+            Events that were recorded among them go on raising the fault.
+
+        Raises
+        ------
+        ClosedError, DeviceLost, FirmwareError
+        """
+        self._require_open()
+        with self._staging_lock:
+            account = self._account
+            self._queue.repair()
+            if not account.stopped & FAILED:
+                return []
+            for queue, sequence in list(account.queues.items()):
+                # What it submitted to several queues fails on one after the other.
+                if queue is not self._queue:
+                    with contextlib.suppress(DeviceFault):
+                        queue.wait(sequence, self.timeout)
+                    with contextlib.suppress(DeviceFault):
+                        self._queue.wait(account.last, self.timeout)
+            lost, account.lost, account.failure = account.lost, [], None
+            account.last = self._ring.initial
+            if self._staging is not None:
+                self._staging.reset()
+            account.go(FAILED)
+            return lost
+
+    def statistics(self) -> StreamStatistics:
+        """Return what became of everything submitted."""
+        account = self._account
+        if not self.closed:
+            with contextlib.suppress(MaiaError):
+                self._queue.repair()
+        in_flight = sum(len(queue.ring.outstanding(self.number)) for queue in list(account.queues))
+        submitted, failed, aborted = account.submitted, account.failed, account.aborted
+        return StreamStatistics(submitted, submitted - failed - aborted - in_flight, failed, aborted, in_flight)
+
+    def _fault(self) -> DeviceFault:
+        facts = self._account.failure
+        if facts is None:  # another thread has just recovered the stream
+            return DeviceFault(FaultCode.RESET, device=self.device.name, queue=self._queue.id,
+                               sequence=self._account.last, stream=self.name)
+        return DeviceFault(**facts)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
     @property
     def queue(self) -> QueuePair:
-        """The hardware queue, for tools and tests."""
-        return self._queue
+        """The hardware queue that the stream is on at present, for tools and tests."""
+        queue: QueuePair = self._queue
+        return queue
+
+    @property
+    def number(self) -> int:
+        """Counts the device's streams, from 1."""
+        return self._account.number
+
+    @property
+    def name(self) -> str:
+        """For texts."""
+        return self._account.name
 
     @property
     def closed(self) -> bool:
         """Whether the stream has been closed, by itself or with its device."""
-        return self._queue.closed
-
-    def statistics(self) -> QueueStatistics:
-        """Return what became of everything submitted."""
-        return self._queue.statistics()
-
-    def reset(self) -> None:
-        """Let a stream that stopped at a fault run again. What it had not run is lost, and said so by its events."""
-        with self._staging_lock:
-            self._queue.reset()
-            if self._staging is not None:
-                self._staging.reset()
+        return self._closed
 
     def close(self) -> None:
         """Wait for what was submitted, as long as the stream's time allows, and give the queue back. Idempotent.
@@ -235,7 +352,7 @@ class Stream:
         Raises
         ------
         DeviceTimeout, DeviceFault
-            Not everything was done. The stream is closed all the same.
+            Not everything was done. The stream is closed all the same; what it had outstanding is aborted.
         """
         if not self.closed and not self.device._forked:
             try:
@@ -244,15 +361,16 @@ class Stream:
                 self._end()
 
     def _end(self) -> None:
-        self.device._return_queue(self._queue)
+        self._closed = True
+        self._account.stop(CLOSED)
         with self._staging_lock:
-            if self._staging is not None and self._queue.closed:
-                self._staging.close()
-                self._staging = None
+            staging, self._staging = self._staging, None
+        self.device._return_queue(self._account, self._queue, staging)
 
     def _stopped(self) -> None:
         """Close without the device, which has been stopped."""
-        self._queue.release()
+        self._closed = True
+        self._account.stop(CLOSED)
         with self._staging_lock:
             if self._staging is not None:
                 self._staging.close()
@@ -272,46 +390,30 @@ class Stream:
     def __del__(self) -> None:
         if hasattr(self, "_staging_lock") and not self.closed and not self.device.closed:
             warnings.warn("a stream was not closed", ResourceWarning, stacklevel=2, source=self)
-            self.device._abandon_queue(self._queue, self._staging)
+            self.device._abandon_queue(self._account, self._queue, self._staging)
 
     def __repr__(self) -> str:
-        return f"<Stream on queue {self._queue.id} of {self.device.name}{', closed' if self.closed else ''}>"
+        at = "closed" if self.closed else f"on queue {self._queue.id}"
+        return f"<Stream {self.number} of {self.device.name}, {at}>"
 
     # --- for what is built on streams ---------------------------------------------------------------------------------
 
-    def _submit(self, opcode: int, *, units: int = 0, payload: tuple[int, int, int] = (0, 0, 0),
-                pre: tuple[tuple[int, WaitOp, int], ...] = (), post: tuple[tuple[int, PostOp, int], ...] = (),
-                unbounded: bool = False) -> int:
-        """Submit one command that starts when everything before it is done. All that streams can do comes down to this.
+    # Commands go through `self._submit(opcode, *, units=0, payload=(a, b, c), pre=((semaphore, WaitOp, value), ...),
+    # post=((semaphore, PostOp, value), ...), unbounded=False) -> sequence`; see maia_rt/_fast/lane.pyx. What follows is
+    # called from there.
 
-        Parameters
-        ----------
-        opcode, units, payload : int, int, three ints
-            As in the contract.
-        pre, post : up to two (semaphore, operation, value)
-            What the command waits for, and what it posts.
-        unbounded : bool
-            Whether the command waits for something that may be submitted after it, or comes from outside: a
-            semaphore, a value in memory, the host. (An event is neither: it is in the past.)
+    def _resume(self) -> None:
+        """Answer a command that found `Account.stopped`: raise, or go to another queue."""
+        stopped = self._account.stopped
+        if stopped & CLOSED:
+            raise ClosedError(f"{self.device.name}: {self.name} has been closed")
+        if stopped & FAILED:
+            raise self._fault()
+        self.device._queues.move(self)
 
-        Returns
-        -------
-        int
-            The command's sequence number on the stream's present queue, `_queue`.
-
-        Raises
-        ------
-        QueueFull, DeviceFault, DeviceLost, ClosedError, ForkedError
-        """
-        try:
-            if pre or post:
-                sequence = self._ring.submit_with(opcode, _BARRIER, units, *payload, pre, post)
-            else:
-                sequence = self._ring.submit(opcode, _BARRIER, units, *payload)
-        except QueueStopped:
-            raise self._queue.fault() from None
-        self._queue.note(sequence)
-        return sequence
+    def _begin_unbounded(self) -> Claim | None:
+        """Have the queue for this stream alone, as its next command may wait for ever."""
+        return self.device._queues.claim(self._account, self._queue)
 
     def _require_own(self, memory: Memory, what: str) -> None:
         if not isinstance(memory, Memory):
@@ -321,5 +423,5 @@ class Stream:
 
     def _require_open(self) -> None:
         if self.closed:
-            raise ClosedError(f"{self._ring.name}: the stream has been closed")
+            raise ClosedError(f"{self.device.name}: {self.name} has been closed")
         self._ring.poll()  # raises in a forked child, which does not have the stream's memory

@@ -188,7 +188,7 @@ def test_gather_outside_its_table_is_a_fault_of_that_stream_alone(
             stream.synchronize()
         assert caught.value.code is FaultCode.PROGRAM
         assert np.array_equal(device_launcher.launch(kernel, good, values), values[good]), "another stream runs on"
-        stream.reset()
+        stream.recover()
         stream.copy(given, good)
         stream.launch(loaded["lookup"], given, held, out)
         found = np.empty((4, 8), np.float32)

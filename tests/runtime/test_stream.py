@@ -16,7 +16,6 @@ from maia_rt.errors import (
     DeviceTimeout,
     FaultCode,
     InvalidArgument,
-    OutOfQueues,
     QueueFull,
 )
 
@@ -227,11 +226,13 @@ def test_a_thread_for_each_stream(attached):
     assert not failures
 
 
-def test_streams_run_out_and_come_back(device):
+def test_a_stream_has_a_queue_of_its_own_while_there_are_any(device):
     limit = device.capabilities.max_queues
     streams = [device.create_stream(entries=4) for _ in range(limit)]
-    with pytest.raises(OutOfQueues, match=f"all {limit} hardware queues are in use"):
-        device.create_stream()
+    assert len({stream.queue.id for stream in streams}) == limit
+    more = device.create_stream(entries=4)
+    assert more.queue in [stream.queue for stream in streams]
+    more.close()
     streams.pop(limit // 2).close()
     streams.append(device.create_stream(entries=4))
     assert len({stream.queue.id for stream in streams}) == limit
@@ -253,7 +254,7 @@ def test_a_new_stream_on_a_used_queue_disturbs_no_waiter(attached):
         signaller.fill(buffer, 1)
         signaller.record(hold_signaller)
         number, sequence = signaller.queue.id, signaller.queue.ring.head
-        waiter.queue.submit_wait(number, sequence)
+        waiter.queue.ring.submit_wait(1, number, WaitOp.GE, sequence & 0xFFFFFFFF)
         signaller.close()
         with attached.create_stream() as successor:
             assert successor.queue.id == number
@@ -276,22 +277,22 @@ def test_a_fault_is_typed_and_names_the_line_that_submitted_it(device, first_ind
                      lambda: stream.copy(bytearray(64), buffer), stream.synchronize, lambda: stream.record().query()):
             with pytest.raises(DeviceFault):
                 call()
-        stream.reset()
+        stream.recover()
         stream.fill(buffer, 5)
         stream.synchronize()
         assert (buffer.copy_to_host(stream) == 5).all()
         buffer_address = buffer.address
-    stream.queue.submit(2, 1, 0, buffer_address, 0x7FFF_0000_0000, 64)
+    stream.queue.ring.submit(2, 1, 0, buffer_address, 0x7FFF_0000_0000, 64)
     line = r"submitted at .*test_stream\.py:\d+"
     with pytest.raises(DeviceFault, match="ADDRESS at 0x") as caught:
         stream.synchronize()
     assert not re.search(line, str(caught.value)), "queue.submit is below what takes notes"
-    stream.reset()
+    stream.recover()
     with device.allocate(64) as buffer:
         stream.fill(maia_rt.Buffer(device, buffer.address + (1 << 47), 64, None, (64,), buffer), 1)
         with pytest.raises(DeviceFault, match=line):
             stream.synchronize()
-    stream.reset()
+    stream.recover()
     stream.close()
 
 
@@ -333,7 +334,7 @@ def test_waiting_threads_hear_of_a_fault_at_once(attached):
         thread.join()
     assert time.monotonic() - start < 2
     assert heard == [FaultCode.TRAP] * 3
-    stream.reset()
+    stream.recover()
     stream.close()
 
 
@@ -353,7 +354,7 @@ def test_submitted_is_completed_plus_failed_plus_aborted(attached, first_index):
         stopped = stream.statistics()
         assert (stopped.submitted, stopped.completed, stopped.failed) == (10, 6, 1)
         assert (stopped.aborted, stopped.in_flight) == (3, 0)
-        stream.reset()
+        stream.recover()
         stream.fill(buffer, 1)
         stream.synchronize()
         for event in lost:
@@ -417,7 +418,7 @@ def test_a_command_can_be_aborted(attached, first_index):
     attached._firmware.abort(stream.queue.id, first_index + 1)
     with pytest.raises(DeviceFault, match="ABORTED"):
         stream.synchronize()
-    stream.reset()
+    stream.recover()
     with pytest.raises(InvalidArgument, match="ABORT was refused: NOT_FOUND"):
         attached._firmware.abort(stream.queue.id, first_index + 1)
     stream.close()

@@ -241,7 +241,7 @@ def test_threads_wait_for_different_sequences_of_one_queue():
 
 
 def test_a_waiter_that_gives_up_hands_over():
-    with RingConsumer(spin_ns=0) as device:
+    with RingConsumer(spin_ns=0, entries=4) as device:
         first, second = (device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0) for _ in range(2))
         status = {}
         leader = threading.Thread(target=lambda: status.update(a=device.ring.wait(first, 200_000_000)))
@@ -280,14 +280,17 @@ def test_a_signal_handler_that_raises_ends_a_wait():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_stopped_queue_ends_waits_and_refuses_commands():
-    with RingConsumer(spin_ns=0) as device:
+def test_a_stopped_queue_ends_waits_and_takes_commands_while_there_is_room():
+    with RingConsumer(spin_ns=0, entries=4) as device:
         first, second = (device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0) for _ in range(2))
         device.step()
         device.fault(code=4)
         assert device.ring.wait(first, SECOND) == fast.WAIT_DONE
         assert device.ring.wait(second, SECOND) == fast.WAIT_STOPPED
         assert device.ring.state == (1, 4, 2)
+        assert device.ring.stopped
+        for _ in range(3):
+            device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0)
         with pytest.raises(fast.QueueStopped):
             device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0)
         with pytest.raises(fast.QueueStopped):
@@ -448,7 +451,8 @@ def test_close_ends_waits_and_lets_the_memory_go():
         thread.join(2)
     assert statuses == [fast.WAIT_CLOSED] * 2
     for call in (lambda: device.ring.submit(1, 0, 0, 0, 0, 0), lambda: device.ring.wait(1, 0), device.ring.poll,
-                 device.ring.take_reports, lambda: device.ring.submit_batch(bytes(64)), lambda: device.ring.reset(0)):
+                 device.ring.take_reports, lambda: device.ring.submit_batch(bytes(64)),
+                 lambda: device.ring.void(0, None), device.ring.hold):
         with pytest.raises(ClosedError):
             call()
     assert device.ring.close()
@@ -457,18 +461,56 @@ def test_close_ends_waits_and_lets_the_memory_go():
         memory.close()
 
 
-def test_reset_starts_anew_at_an_index_of_choice():
-    with RingConsumer(entries=4) as device:
-        device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0)
+def reset(device, index):
+    """What the device does for RESET_QUEUE."""
+    for where, offset, code, value in (("progress", 0, "<Q", index), ("progress", 8, "<I", 0),
+                                       ("progress", 24, "<I", 0), ("doorbell", 0, "<I", index & 0xFFFFFFFF),
+                                       ("doorbell", 8, "<I", 0), ("doorbell", 0x10, "<Q", 0)):
+        device._put(where, offset, code, value)
+    device.report_tail = device.armed = 0
+
+
+@pytest.mark.parametrize("initial", [0, NEAR_WRAP])
+def test_a_queue_that_stopped_goes_on_without_the_commands_of_one_account(initial):
+    with RingConsumer(entries=8, initial=initial) as device:
+        ring, ours, theirs = device.ring, fast.Account(1, "ours"), fast.Account(2, "theirs")
+        for i in range(6):
+            ring.sole = (ours, theirs)[i % 2]
+            ring.submit_with(Opcode.FILL, CommandFlag.BARRIER | CommandFlag.REPORT, 0, 1000 + i, 2, 3,
+                             ((9, WaitOp.GE, 1),), ((9, PostOp.ADD, 1),))
+        ring.submit_launch(CommandFlag.BARRIER, 5, 0, (1 << 40,))
+        device.step(2)
         device.fault()
-        assert device.ring.wait(1, 0) == fast.WAIT_STOPPED
-        for offset, code, value in ((0, "<Q", NEAR_WRAP), (8, "<I", 0)):
-            device._put("progress", offset, code, value)
-        device.index = NEAR_WRAP
-        device.ring.reset(NEAR_WRAP)
-        assert device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0) == NEAR_WRAP + 1
-        device.step()
-        assert device.ring.done(NEAR_WRAP + 1)
+        assert (ours.submitted, theirs.submitted, theirs.last) == (3, 4, initial + 7)
+        assert ring.hold()
+        lost = ring.void(initial + 3, 1)
+        assert [(sequence - initial, owner) for sequence, _, _, owner in lost] == [(3, 1), (5, 1)]
+        assert {row(raw, commands.FILL)["dst"] for _, raw, _, _ in lost} == {1002, 1004}
+        assert ring.outstanding() == [initial + 4, initial + 6, initial + 7]
+        assert ring.outstanding(1) == []
+        reset(device, ring.poll())
+        ring.resume(ring.poll())
+        ring.let_go()
+        assert not ring.stopped
+        device.step(5)
+        again = [row(raw) for raw in device.seen[2:]]
+        assert [got["opcode"] for got in again] == [Opcode.NOP, Opcode.FILL] * 2 + [Opcode.LAUNCH]
+        assert [int(got["pre"][0]["op"]) for got in again] == [0, 1, 0, 1, 0]
+        assert struct.unpack_from("<Q", device.memory["args"], (initial + 6) % 8 * 256) == (1 << 40,)
+        assert [record[0] - initial for record in ring.take_reports()] == [1, 2, 4, 6]
+        assert ring.submit(Opcode.NOP, 0, 0, 0, 0, 0) == initial + 8
+
+
+def test_nobody_submits_while_a_ring_is_held():
+    with RingConsumer() as device:
+        device.ring.hold()
+        other = threading.Thread(target=lambda: device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0))
+        other.start()
+        time.sleep(0.05)
+        assert device.ring.head == 0
+        device.ring.let_go()
+        other.join(2)
+        assert device.ring.head == 1
 
 
 def test_a_child_made_by_fork_never_touches_the_ring():
@@ -479,7 +521,7 @@ def test_a_child_made_by_fork_never_touches_the_ring():
             code = 0
             for call in (lambda: device.ring.submit(1, 0, 0, 0, 0, 0), lambda: device.ring.submit_batch(bytes(64)),
                          lambda: device.ring.submit_encoded(Command.nop()), lambda: device.ring.wait(1, SECOND),
-                         lambda: device.ring.done(1), device.ring.take_reports, lambda: device.ring.reset(0)):
+                         lambda: device.ring.done(1), device.ring.take_reports, lambda: device.ring.void(0, None)):
                 try:
                     call()
                     code |= 1
