@@ -14,7 +14,7 @@ import numpy as np
 from maia_rt.contract.commands import COMMAND, Opcode, WaitOp, decode
 from maia_rt.errors import FaultCode, MaiaError
 from maia_rt.observe import live
-from maia_rt.runtime.outstanding import Outstanding, Signaller, listed, signallers, take
+from maia_rt.runtime.outstanding import Outstanding, Signaller, listed, lost_signal, signallers, take
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -58,6 +58,8 @@ class HangWait:
         The outstanding commands that post to it.
     by_program : bool
         Whether the program itself may signal it: it holds the semaphore, or has a callback to run.
+    lost : bool
+        Whether a command that would have signalled it was lost to a fault.
     """
 
     text: str
@@ -67,6 +69,7 @@ class HangWait:
     wanted: int | None = None
     signallers: tuple[Signaller, ...] = ()
     by_program: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,9 +247,11 @@ def _semaphore_wait(device: Device, queues: dict[int, Outstanding], index: int, 
                  + (f", submitted at {post.where}" if post.where else ""))
     if len(posts) > 3:
         text += f"; so will {len(posts) - 3} more"
+    loss = "" if posts else lost_signal(device, index)
     if not posts:
-        text += f"; {_NOBODY}"
-    return HangWait(text, tuple(dict.fromkeys(post.queue for post in posts)), index, value, wanted, posts)
+        text += f"; {loss or _NOBODY}"
+    return HangWait(text, tuple(dict.fromkeys(post.queue for post in posts)), index, value, wanted, posts,
+                    lost=bool(loss))
 
 
 _SIGNS: Final[dict[int, str]] = {WaitOp.GE: ">=", WaitOp.EQ: "==", WaitOp.ACQUIRE: ">= (to take)"}
@@ -303,7 +308,8 @@ def _judge(links: dict[int, HangLink], queues: dict[int, Outstanding]) -> tuple[
     for link in stuck.values():
         for wait in link.waits:
             if not wait.queues and not wait.by_program:
-                return HangVerdict.UNSIGNALLED, f"queue {link.queue} {wait.text}", ()
+                verdict = HangVerdict.FAULT if wait.lost else HangVerdict.UNSIGNALLED
+                return verdict, f"queue {link.queue} {wait.text}", ()
     for link in stuck.values():
         for wait in link.waits:
             for queue in wait.queues:

@@ -107,6 +107,16 @@ def signallers(device: Device, queues: Iterable[Outstanding], semaphore: int) ->
                 yield Signaller(one.queue.id, sequence, int(place), one.where(sequence))
 
 
+def lost_signal(device: Device, semaphore: int) -> str:
+    """Say which stream's fault a signal of a semaphore was lost to, empty where none was."""
+    for stream in device._open_streams():
+        for lost in stream._account.lost:
+            if _posts_to(np.frombuffer(lost.raw, COMMAND), semaphore)[0]:
+                return (f"{stream.name} would have signalled it, with a command that was lost when "
+                        f"{stream._fault().what}")
+    return ""
+
+
 def _posts_to(commands: Commands, semaphore: int) -> npt.NDArray[Any]:
     post = commands["post"]
     found: npt.NDArray[Any] = ((post["op"] != PostOp.NONE) & (post["index"] == semaphore)).any(axis=1)

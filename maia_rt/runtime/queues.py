@@ -138,6 +138,9 @@ class QueueTable:
         """The queues that are in use."""
         return iter(list(self._places))
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def streams_on(self, queue: QueuePair) -> list[str]:
         """Return the names of the streams on a queue."""
         place = self._places.get(queue)
