@@ -17,7 +17,8 @@ from maia_rt.transport.uapi import PciRegion
 class Capabilities:
     """What a device offers, from its registers.
 
-    Sizes are in bytes, ``*_log2`` are base-2 logarithms of entries, ``contract`` is (major, minor).
+    Sizes are in bytes, ``*_log2`` are base-2 logarithms of entries, ``contract`` is (major, minor). ``list_options``
+    stands for INDIRECT's CONCURRENT and times; queues have priorities 0 .. ``priorities`` - 1, larger ones first.
     """
 
     contract: tuple[int, int]
@@ -29,6 +30,11 @@ class Capabilities:
     indirect: bool
     signal_remote: bool
     crc: bool
+    wait_value: bool
+    branch: bool
+    list_options: bool
+    crc_compare: bool
+    priorities: int
     dtypes: frozenset[Dtype]
     max_queues: int
     max_entries_log2: int
@@ -93,16 +99,19 @@ def read_capabilities(transport: Transport) -> Capabilities:
             f"{name}: the device speaks contract {version['MAJOR']}.{version['MINOR']}, this driver "
             f"{CONTRACT_MAJOR}.x", cause="firmware and driver are of different generations",
             hint="update the older of the two")
-    device, caps, queues, semaphores, contexts, programs, topology = (
+    device, caps, queues, semaphores, contexts, programs, topology, scheduling = (
         BAR0[r].decode(register(r)) for r in ("DEVICE", "CAPS", "QUEUE_CAPS", "SEMAPHORE_CAPS", "CONTEXT_CAPS",
-                                               "PROGRAM_CAPS", "TOPOLOGY"))
+                                               "PROGRAM_CAPS", "TOPOLOGY", "SCHEDULING_CAPS"))
     floats = {Dtype.FP32, Dtype.FP16, Dtype.BF16}
     lacking = {d for d in floats if not caps[d.name]}
     return Capabilities(
         contract=(version["MAJOR"], version["MINOR"]), profile=device["PROFILE"],
         emulated=bool(device["EMULATED"]), revision=device["REVISION"], serial=register("SERIAL"),
         needs_wake=bool(caps["NEEDS_WAKE"]), indirect=bool(caps["INDIRECT"]),
-        signal_remote=bool(caps["SIGNAL_REMOTE"]), crc=bool(caps["CRC"]), dtypes=frozenset(set(Dtype) - lacking),
+        signal_remote=bool(caps["SIGNAL_REMOTE"]), crc=bool(caps["CRC"]),
+        wait_value=bool(caps["WAIT_VALUE"]), branch=bool(caps["BRANCH"]), list_options=bool(caps["LIST_OPTIONS"]),
+        crc_compare=bool(caps["CRC_COMPARE"]), priorities=scheduling["PRIORITIES"] or 1,
+        dtypes=frozenset(set(Dtype) - lacking),
         max_queues=queues["MAX_QUEUES"], max_entries_log2=queues["MAX_ENTRIES_LOG2"],
         min_entries_log2=queues["MIN_ENTRIES_LOG2"], semaphores=semaphores["COUNT"],
         pre_ops=semaphores["PRE_OPS"], post_ops=semaphores["POST_OPS"], max_contexts=contexts["MAX_CONTEXTS"],

@@ -180,6 +180,7 @@ class FaultCode(enum.IntEnum):
     ABORTED = 14
     DOORBELL = 15
     RESET = 16
+    CHECKSUM = 17
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ FAULTS: dict[FaultCode, Fault] = {
         Fault(FaultCode.ABORTED, "the command was aborted on request", _RESET_QUEUE),
         Fault(FaultCode.DOORBELL, "the doorbell moved by more than the ring holds, or backwards", _RESET_QUEUE),
         Fault(FaultCode.RESET, "the queue or the device was reset before the command ran", "submit the command again"),
+        Fault(FaultCode.CHECKSUM, "the bytes at an address do not have the checksum that was expected of them",
+              "copy the data again; where it repeats, test the memory and the link"),
     )
 }
 

@@ -16,6 +16,7 @@ from maia_rt.contract import commands, program
 
 PREFIXES: dict[type[enum.IntEnum], str] = {
     commands.Opcode: "OPCODE", commands.CommandFlag: "FLAG", commands.WaitOp: "WAIT", commands.PostOp: "POST",
+    commands.Condition: "CONDITION", commands.BranchSource: "BRANCH", commands.ListOption: "LIST",
     commands.QueueState: "QUEUE", commands.AdminOpcode: "ADMIN_OPCODE", commands.AdminStatus: "ADMIN_STATUS",
     commands.Feature: "FEATURE", commands.Log: "LOG", errors.FaultCode: "FAULT",
     program.Section: "SECTION", program.Dtype: "DTYPE", program.ArgKind: "ARG", program.Engine: "ENGINE",
@@ -28,7 +29,9 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "copy_nd_command_t": commands.COPY_ND, "fill_command_t": commands.FILL,
     "write_imm_command_t": commands.WRITE_IMM, "launch_command_t": commands.LAUNCH, "crc_command_t": commands.CRC,
     "signal_remote_command_t": commands.SIGNAL_REMOTE, "indirect_command_t": commands.INDIRECT,
-    "trap_command_t": commands.TRAP, "copy_descriptor_t": commands.COPY_DESCRIPTOR, "report_t": commands.REPORT,
+    "trap_command_t": commands.TRAP, "wait_value_command_t": commands.WAIT_VALUE,
+    "branch_command_t": commands.BRANCH, "listed_times_t": commands.LISTED_TIMES,
+    "copy_descriptor_t": commands.COPY_DESCRIPTOR, "report_t": commands.REPORT,
     "progress_t": commands.PROGRESS, "admin_command_t": commands.ADMIN_COMMAND,
     "admin_completion_t": commands.ADMIN_COMPLETION, "identify_t": commands.IDENTIFY,
     "create_queue_t": commands.CREATE_QUEUE, "hbm_range_t": commands.RANGE, "counters_t": commands.COUNTERS,

@@ -121,7 +121,7 @@ cdef inline bint signal_overflows(signal_remote_command_t *c) noexcept nogil:
 
 
 cdef inline bint list_is_good(indirect_command_t *c) noexcept nogil:
-    return c.list & 63 == 0 and 1 <= c.count <= MAX_INDIRECT and c.reserved0 == 0 and c.reserved1 == 0
+    return c.list & 63 == 0 and 1 <= c.count <= MAX_INDIRECT and c.options == 0 and c.times == 0
 
 
 cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,

@@ -74,9 +74,22 @@ cdef class Command:
         return Command(layout.OPCODE_LAUNCH, flags, units, kernel | <uint64_t>arg_count << 32, args)
 
     @staticmethod
-    def crc(uint64_t src, uint64_t size, uint64_t result, uint8_t flags=0):
-        """Write the CRC of `size` bytes at `src` to `result`."""
-        return Command(layout.OPCODE_CRC, flags, 0, src, size, result)
+    def crc(uint64_t src, uint64_t size, uint64_t result, uint8_t flags=0, bint expected=False):
+        """Write the CRC of `size` bytes at `src` to `result`; or, with `expected`, compare it with the one there."""
+        return Command(layout.OPCODE_CRC, flags, layout.CRC_COMPARE if expected else 0, src, size, result)
+
+    @staticmethod
+    def wait_value(uint64_t address, uint32_t value, uint32_t condition=layout.CONDITION_GE, uint32_t mask=0xffffffff,
+                   uint8_t flags=0):
+        """Wait until the 32-bit word at `address`, after `mask`, meets a Condition with `value`."""
+        return Command(layout.OPCODE_WAIT_VALUE, flags, 0, address, value | <uint64_t>mask << 32, condition)
+
+    @staticmethod
+    def branch(uint32_t target, uint64_t where, uint32_t value, uint16_t condition=layout.CONDITION_GE,
+               uint32_t mask=0xffffffff, uint16_t source=layout.BRANCH_MEMORY, uint8_t flags=0):
+        """In a list: go on at listed command `target` if the word at `where` (see BranchSource) meets a Condition."""
+        return Command(layout.OPCODE_BRANCH, flags, 0, where, value | <uint64_t>mask << 32,
+                       target | <uint64_t>condition << 32 | <uint64_t>source << 48)
 
     @staticmethod
     def signal_remote(uint64_t address, uint32_t op, uint32_t value, uint8_t flags=0):
@@ -84,9 +97,13 @@ cdef class Command:
         return Command(layout.OPCODE_SIGNAL_REMOTE, flags, 0, address, op | <uint64_t>value << 32)
 
     @staticmethod
-    def indirect(uint64_t commands, uint32_t count, uint8_t flags=0):
-        """Run the `count` commands that lie at device address `commands`."""
-        return Command(layout.OPCODE_INDIRECT, flags, 0, commands, count)
+    def indirect(uint64_t commands, uint32_t count, uint64_t times=0, bint concurrent=False, uint8_t flags=0):
+        """Run the `count` commands that lie at device address `commands`.
+
+        `times` is 0 or the address of 16 bytes for each of them; `concurrent` lets them overlap but for BARRIERs.
+        """
+        return Command(layout.OPCODE_INDIRECT, flags, 0, commands,
+                       count | <uint64_t>(layout.LIST_CONCURRENT if concurrent else 0) << 32, times)
 
     @staticmethod
     def trap(uint32_t code, uint8_t flags=0):

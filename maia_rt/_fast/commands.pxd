@@ -5,12 +5,13 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     CONTRACT_MAJOR = 1
-    CONTRACT_MINOR = 0
+    CONTRACT_MINOR = 1
     COMMAND_BYTES = 64
     REPORT_BYTES = 32
     PROGRESS_BYTES = 64
     DOORBELL_STRIDE = 0x1000
     SRAM_STRIDE_LOG2 = 32
+    CRC_COMPARE = 1
     MAX_INLINE_BYTES = 16
     MAX_INDIRECT = 0x100000
     ANY_QUEUE = 0xffffffff
@@ -39,6 +40,8 @@ cdef enum:
     OPCODE_SIGNAL_REMOTE = 0x8
     OPCODE_INDIRECT = 0x9
     OPCODE_TRAP = 0xa
+    OPCODE_WAIT_VALUE = 0xb
+    OPCODE_BRANCH = 0xc
 
 cdef enum:
     FLAG_BARRIER = 0x1
@@ -54,6 +57,19 @@ cdef enum:
     POST_NONE = 0x0
     POST_SET = 0x1
     POST_ADD = 0x2
+
+cdef enum:
+    CONDITION_GE = 0x1
+    CONDITION_EQ = 0x2
+    CONDITION_NE = 0x3
+    CONDITION_AND = 0x4
+
+cdef enum:
+    BRANCH_MEMORY = 0x1
+    BRANCH_SEMAPHORE = 0x2
+
+cdef enum:
+    LIST_CONCURRENT = 0x1
 
 cdef enum:
     QUEUE_RUNNING = 0x0
@@ -109,6 +125,7 @@ cdef enum:
     FAULT_ABORTED = 0xe
     FAULT_DOORBELL = 0xf
     FAULT_RESET = 0x10
+    FAULT_CHECKSUM = 0x11
 
 cdef enum:
     SECTION_STRINGS = 0x1
@@ -295,8 +312,8 @@ cdef struct indirect_command_t:
     semaphore_op_t post[2]
     uint64_t list
     uint32_t count
-    uint32_t reserved0
-    uint64_t reserved1
+    uint32_t options
+    uint64_t times
 
 cdef struct trap_command_t:
     uint8_t opcode
@@ -308,6 +325,37 @@ cdef struct trap_command_t:
     uint32_t code
     uint32_t reserved0
     uint64_t reserved1[2]
+
+cdef struct wait_value_command_t:
+    uint8_t opcode
+    uint8_t flags
+    uint16_t sequence
+    uint32_t units
+    semaphore_op_t pre[2]
+    semaphore_op_t post[2]
+    uint64_t address
+    uint32_t value
+    uint32_t mask
+    uint32_t condition
+    uint32_t reserved
+
+cdef struct branch_command_t:
+    uint8_t opcode
+    uint8_t flags
+    uint16_t sequence
+    uint32_t units
+    semaphore_op_t pre[2]
+    semaphore_op_t post[2]
+    uint64_t where
+    uint32_t value
+    uint32_t mask
+    uint32_t target
+    uint16_t condition
+    uint16_t source
+
+cdef struct listed_times_t:
+    uint64_t start_ns
+    uint64_t end_ns
 
 cdef struct copy_descriptor_t:
     uint64_t src

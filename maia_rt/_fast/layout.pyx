@@ -17,6 +17,9 @@ def structures():
     cdef commands.signal_remote_command_t signal_remote_command
     cdef commands.indirect_command_t indirect_command
     cdef commands.trap_command_t trap_command
+    cdef commands.wait_value_command_t wait_value_command
+    cdef commands.branch_command_t branch_command
+    cdef commands.listed_times_t listed_times
     cdef commands.copy_descriptor_t copy_descriptor
     cdef commands.report_t report
     cdef commands.progress_t progress
@@ -147,8 +150,8 @@ def structures():
         "post": <char *>&indirect_command.post - <char *>&indirect_command,
         "list": <char *>&indirect_command.list - <char *>&indirect_command,
         "count": <char *>&indirect_command.count - <char *>&indirect_command,
-        "reserved0": <char *>&indirect_command.reserved0 - <char *>&indirect_command,
-        "reserved1": <char *>&indirect_command.reserved1 - <char *>&indirect_command,
+        "options": <char *>&indirect_command.options - <char *>&indirect_command,
+        "times": <char *>&indirect_command.times - <char *>&indirect_command,
     }
     result["trap_command_t"] = {
         "": sizeof(trap_command),
@@ -161,6 +164,40 @@ def structures():
         "code": <char *>&trap_command.code - <char *>&trap_command,
         "reserved0": <char *>&trap_command.reserved0 - <char *>&trap_command,
         "reserved1": <char *>&trap_command.reserved1 - <char *>&trap_command,
+    }
+    result["wait_value_command_t"] = {
+        "": sizeof(wait_value_command),
+        "opcode": <char *>&wait_value_command.opcode - <char *>&wait_value_command,
+        "flags": <char *>&wait_value_command.flags - <char *>&wait_value_command,
+        "sequence": <char *>&wait_value_command.sequence - <char *>&wait_value_command,
+        "units": <char *>&wait_value_command.units - <char *>&wait_value_command,
+        "pre": <char *>&wait_value_command.pre - <char *>&wait_value_command,
+        "post": <char *>&wait_value_command.post - <char *>&wait_value_command,
+        "address": <char *>&wait_value_command.address - <char *>&wait_value_command,
+        "value": <char *>&wait_value_command.value - <char *>&wait_value_command,
+        "mask": <char *>&wait_value_command.mask - <char *>&wait_value_command,
+        "condition": <char *>&wait_value_command.condition - <char *>&wait_value_command,
+        "reserved": <char *>&wait_value_command.reserved - <char *>&wait_value_command,
+    }
+    result["branch_command_t"] = {
+        "": sizeof(branch_command),
+        "opcode": <char *>&branch_command.opcode - <char *>&branch_command,
+        "flags": <char *>&branch_command.flags - <char *>&branch_command,
+        "sequence": <char *>&branch_command.sequence - <char *>&branch_command,
+        "units": <char *>&branch_command.units - <char *>&branch_command,
+        "pre": <char *>&branch_command.pre - <char *>&branch_command,
+        "post": <char *>&branch_command.post - <char *>&branch_command,
+        "where": <char *>&branch_command.where - <char *>&branch_command,
+        "value": <char *>&branch_command.value - <char *>&branch_command,
+        "mask": <char *>&branch_command.mask - <char *>&branch_command,
+        "target": <char *>&branch_command.target - <char *>&branch_command,
+        "condition": <char *>&branch_command.condition - <char *>&branch_command,
+        "source": <char *>&branch_command.source - <char *>&branch_command,
+    }
+    result["listed_times_t"] = {
+        "": sizeof(listed_times),
+        "start_ns": <char *>&listed_times.start_ns - <char *>&listed_times,
+        "end_ns": <char *>&listed_times.end_ns - <char *>&listed_times,
     }
     result["copy_descriptor_t"] = {
         "": sizeof(copy_descriptor),

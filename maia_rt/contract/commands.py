@@ -16,7 +16,7 @@ import numpy.typing as npt
 from maia_rt.contract import function
 
 CONTRACT_MAJOR = 1
-CONTRACT_MINOR = 0
+CONTRACT_MINOR = 1
 
 COMMAND_BYTES = 64
 REPORT_BYTES = 32
@@ -39,6 +39,8 @@ class Opcode(enum.IntEnum):
     SIGNAL_REMOTE = 8
     INDIRECT = 9
     TRAP = 10
+    WAIT_VALUE = 11
+    BRANCH = 12
 
 
 class CommandFlag(enum.IntFlag):
@@ -68,6 +70,36 @@ class PostOp(enum.IntEnum):
     ADD = 2
 
 
+class Condition(enum.IntEnum):
+    """How WAIT_VALUE and BRANCH compare a word, after the mask, with their value."""
+
+    GE = 1
+    """Serially: ``(int32)((word & mask) - value) >= 0``."""
+    EQ = 2
+    NE = 3
+    AND = 4
+    """``word & mask & value`` is not zero."""
+
+
+class BranchSource(enum.IntEnum):
+    """What a BRANCH looks at."""
+
+    MEMORY = 1
+    """The 32-bit word at address ``where``."""
+    SEMAPHORE = 2
+    """Semaphore number ``where``."""
+
+
+class ListOption(enum.IntFlag):
+    """INDIRECT's ``options``; other bits are a BAD_FIELD fault."""
+
+    CONCURRENT = 1
+    """Listed commands need not wait for earlier ones, but for those with BARRIER and BRANCH."""
+
+
+CRC_COMPARE = 1
+"""``units`` of a CRC whose ``result`` holds the expected checksum and is read, not written."""
+
 SEMAPHORE_OP = np.dtype(
     {"names": ["index", "op", "reserved", "value"], "formats": ["<u2", "u1", "u1", "<u4"],
      "offsets": [0, 2, 3, 4], "itemsize": 8}
@@ -85,7 +117,7 @@ def _command(*payload: tuple[str, str] | tuple[str, str, tuple[int, ...]]) -> np
 
 
 COMMAND = _command(("payload", "<u8", (3,)))
-"""Any command; ``units`` is a mask of clusters (LAUNCH; 0 is all) or a byte count (WRITE_IMM), else 0."""
+"""Any command; ``units`` is a mask of clusters (LAUNCH; 0 is all), a byte count (WRITE_IMM) or CRC_COMPARE, else 0."""
 COPY = _command(("src", "<u8"), ("dst", "<u8"), ("size", "<u8"))
 COPY_ND = _command(("descriptor", "<u8"), ("reserved", "<u8", (2,)))
 FILL = _command(("dst", "<u8"), ("size", "<u8"), ("pattern", "<u4"), ("width", "<u4"))
@@ -93,8 +125,14 @@ WRITE_IMM = _command(("dst", "<u8"), ("data", "u1", (16,)))
 LAUNCH = _command(("kernel", "<u4"), ("arg_count", "<u4"), ("args", "<u8"), ("reserved", "<u8"))
 CRC = _command(("src", "<u8"), ("size", "<u8"), ("result", "<u8"))
 SIGNAL_REMOTE = _command(("address", "<u8"), ("op", "<u4"), ("value", "<u4"), ("reserved", "<u8"))
-INDIRECT = _command(("list", "<u8"), ("count", "<u4"), ("reserved0", "<u4"), ("reserved1", "<u8"))
+INDIRECT = _command(("list", "<u8"), ("count", "<u4"), ("options", "<u4"), ("times", "<u8"))
 TRAP = _command(("code", "<u4"), ("reserved0", "<u4"), ("reserved1", "<u8", (2,)))
+WAIT_VALUE = _command(("address", "<u8"), ("value", "<u4"), ("mask", "<u4"), ("condition", "<u4"), ("reserved", "<u4"))
+BRANCH = _command(("where", "<u8"), ("value", "<u4"), ("mask", "<u4"), ("target", "<u4"), ("condition", "<u2"),
+                  ("source", "<u2"))
+
+LISTED_TIMES = np.dtype([("start_ns", "<u8"), ("end_ns", "<u8")])
+"""What INDIRECT's ``times`` receives for each listed command: device time of its start, after its waits, and end."""
 
 COPY_DESCRIPTOR = np.dtype(
     [("src", "<u8"), ("dst", "<u8"), ("row_bytes", "<u8"), ("rows", "<u4"), ("planes", "<u4"),
@@ -243,23 +281,10 @@ def decode(raw: bytes | npt.NDArray[Any]) -> str:
         opcode = Opcode(int(head["opcode"]))
     except ValueError:
         return f"opcode {int(head['opcode']):#04x}"
-    parts = [opcode.name]
-    dtype = _PAYLOADS.get(opcode)
-    if dtype is not None:
-        row = np.frombuffer(data, dtype)[0]
-        for name in (dtype.names or ())[len(_HEAD):]:
-            if name.startswith("reserved"):
-                continue
-            value = row[name]
-            if isinstance(value, np.ndarray):
-                parts.append(f"{name}={value.tobytes().hex()}")
-            else:
-                shown = f"{int(value)}" if name in _DECIMAL else f"{int(value):#x}"
-                parts.append(f"{name}={shown}")
-    if int(head["units"]):
+    parts = [opcode.name, *_payload(opcode, data)]
+    if int(head["units"]) and opcode is not Opcode.CRC:
         parts.append(f"units={int(head['units']):#x}")
-    if int(head["flags"]):
-        parts.append(f"flags={CommandFlag(int(head['flags']) & 3)!s}")
+    parts += [flag.name or "" for flag in CommandFlag if int(head["flags"]) & flag]
     for field, ops, signs in (("pre", WaitOp, _WAIT_SIGNS), ("post", PostOp, _POST_SIGNS)):
         shown_ops = [f"#{int(s['index'])}{signs.get(int(s['op']), '?')}{int(s['value'])}"
                      for s in head[field] if int(s["op"]) != ops.NONE]
@@ -268,10 +293,53 @@ def decode(raw: bytes | npt.NDArray[Any]) -> str:
     return " ".join(parts)
 
 
+def _payload(opcode: Opcode, data: bytes) -> list[str]:
+    """A command's own fields as text."""
+    dtype = _PAYLOADS.get(opcode)
+    if dtype is None:
+        return []
+    row = np.frombuffer(data, dtype)[0]
+    if opcode in (Opcode.WAIT_VALUE, Opcode.BRANCH):
+        return [_condition(opcode, row)]
+    parts = []
+    for name in (dtype.names or ())[len(_HEAD):]:
+        value = row[name]
+        if name.startswith("reserved") or (name in ("options", "times") and not int(value)):
+            continue
+        if isinstance(value, np.ndarray):
+            parts.append(f"{name}={value.tobytes().hex()}")
+        elif name == "options":
+            parts.append("CONCURRENT" if int(value) == ListOption.CONCURRENT else f"options={int(value):#x}")
+        else:
+            shown = f"{int(value)}" if name in _DECIMAL else f"{int(value):#x}"
+            compared = name == "result" and int(row["units"]) == CRC_COMPARE
+            parts.append(f"{'expected' if compared else name}={shown}")
+    return parts
+
+
+def _condition(opcode: Opcode, row: np.void) -> str:
+    """Such as ``until u32[0x10040]&0xff >= 3``, or ``to 4 if #70 != 10``."""
+    value, mask = int(row["value"]), int(row["mask"])
+    if opcode is Opcode.WAIT_VALUE:
+        word = f"u32[{int(row['address']):#x}]"
+    elif int(row["source"]) == BranchSource.SEMAPHORE:
+        word = f"#{int(row['where'])}"
+    else:
+        word = f"u32[{int(row['where']):#x}]"
+    if mask != 0xFFFFFFFF:
+        word += f"&{mask:#x}"
+    sign = _CONDITION_SIGNS.get(int(row["condition"]), f"condition {int(row['condition'])}?")
+    shown = f"{value:#x} != 0" if int(row["condition"]) == Condition.AND else f"{value}"
+    text = f"{word} {sign} {shown}"
+    return f"until {text}" if opcode is Opcode.WAIT_VALUE else f"to {int(row['target'])} if {text}"
+
+
+_CONDITION_SIGNS = {1: ">=", 2: "==", 3: "!=", 4: "&"}
 _DECIMAL = {"size", "width", "arg_count", "count", "kernel", "code"}
 _WAIT_SIGNS = {1: ">=", 2: "==", 3: ">=-"}
 _POST_SIGNS = {1: "=", 2: "+="}
 _PAYLOADS: dict[Opcode, np.dtype[np.void]] = {
     Opcode.COPY: COPY, Opcode.COPY_ND: COPY_ND, Opcode.FILL: FILL, Opcode.WRITE_IMM: WRITE_IMM, Opcode.LAUNCH: LAUNCH,
     Opcode.CRC: CRC, Opcode.SIGNAL_REMOTE: SIGNAL_REMOTE, Opcode.INDIRECT: INDIRECT, Opcode.TRAP: TRAP,
+    Opcode.WAIT_VALUE: WAIT_VALUE, Opcode.BRANCH: BRANCH,
 }

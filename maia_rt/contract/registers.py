@@ -65,6 +65,7 @@ class Bar0:
     TOPOLOGY: Final = 0x030
     SEMAPHORE_WINDOW: Final = 0x034
     HOST_ADDRESS: Final = 0x038
+    SCHEDULING_CAPS: Final = 0x03c
     HBM_BASE: Final = 0x040
     HBM_SIZE: Final = 0x048
     CLUSTER_SRAM_BASE: Final = 0x050
@@ -100,7 +101,7 @@ BAR0: Final[dict[str, Register]] = {
         Field("MAGIC", 0, 32, "ro", 0x4149414d, None, '0x4149414d.'),
     ), "Says that this is a MAIA-like device: the bytes 'M' 'A' 'I' 'A'."),
     "VERSION": Register("VERSION", 0x004, 32, (
-        Field("MINOR", 0, 16, "ro", 0x0, None, 'Grows when something is added.'),
+        Field("MINOR", 0, 16, "ro", 0x1, None, 'Grows when something is added.'),
         Field("MAJOR", 16, 16, "ro", 0x1, None, 'Grows when something changes its meaning.'),
     ), 'The contract that the device implements. A driver refuses another MAJOR; a larger MINOR only adds.'),
     "DEVICE": Register("DEVICE", 0x008, 32, (
@@ -116,6 +117,10 @@ BAR0: Final[dict[str, Register]] = {
         Field("INDIRECT", 1, 1, "ro", 0x0, None, 'INDIRECT commands.'),
         Field("SIGNAL_REMOTE", 2, 1, "ro", 0x0, None, 'SIGNAL_REMOTE commands.'),
         Field("CRC", 3, 1, "ro", 0x0, None, 'CRC commands.'),
+        Field("WAIT_VALUE", 4, 1, "ro", 0x0, None, 'WAIT_VALUE commands (since 1.1).'),
+        Field("BRANCH", 5, 1, "ro", 0x0, None, 'BRANCH commands in INDIRECT lists (since 1.1).'),
+        Field("LIST_OPTIONS", 6, 1, "ro", 0x0, None, 'INDIRECT takes options and the address of times (since 1.1).'),
+        Field("CRC_COMPARE", 7, 1, "ro", 0x0, None, 'CRC commands compare (since 1.1).'),
         Field("FP32", 8, 1, "ro", 0x0, None, 'Tensor and vector operands in IEEE binary32.'),
         Field("FP16", 9, 1, "ro", 0x0, None, 'Operands in IEEE binary16.'),
         Field("BF16", 10, 1, "ro", 0x0, None, 'Operands in bfloat16.'),
@@ -151,6 +156,9 @@ BAR0: Final[dict[str, Register]] = {
     "HOST_ADDRESS": Register("HOST_ADDRESS", 0x038, 32, (
         Field("BITS", 0, 8, "ro", 0x30, None, 'Address bits.'),
     ), "Host addresses: an address below 2^BITS is an I/O virtual address on the host's side."),
+    "SCHEDULING_CAPS": Register("SCHEDULING_CAPS", 0x03c, 32, (
+        Field("PRIORITIES", 0, 8, "ro", 0x0, None, 'Priorities of queues, 0 .. PRIORITIES - 1, larger ones first. 0 counts as 1.'),
+    ), 'How queues share the units (since 1.1, by profile).'),
     "HBM_BASE": Register("HBM_BASE", 0x040, 64, (
         Field("ADDRESS", 0, 64, "ro", 0x1000000000000, None, 'Address.'),
     ), 'Device address of the first byte of HBM. BAR 4 shows HBM from its start.'),

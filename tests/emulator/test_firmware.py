@@ -253,7 +253,7 @@ def test_ring_that_was_unmapped_kills_the_firmware_and_the_server_lives(driver):
 def test_identify(driver):
     assert driver.command(IDENTIFY, driver.spare) == (OK, 0, 0)
     page = np.frombuffer(driver.get(driver.spare, 512), IDENTIFY_PAGE)[0]
-    assert (page["contract_major"], page["contract_minor"], page["profile"]) == (1, 0, 0)
+    assert (page["contract_major"], page["contract_minor"], page["profile"]) == (1, 1, 0)
     assert page["model"].decode() == "MAIA small (emulated)"
     assert int(page["serial"], 16) == driver.client.read64(0x10)
     assert not page["reserved"].any()
@@ -287,7 +287,7 @@ def test_unreachable_addresses(driver, address):
 
 def test_pages_may_lie_in_hbm(driver):
     assert driver.command(IDENTIFY, HBM + 4096)[0] == OK
-    assert driver.client.read(BAR4, 4096, 4) == b"\1\0\0\0"
+    assert driver.client.read(BAR4, 4096, 4) == b"\1\0\1\0"
 
 
 def test_queues(driver):

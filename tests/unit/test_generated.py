@@ -55,7 +55,7 @@ def test_offsets_match_the_tables():
 
 def test_fields_are_taken_out_of_and_put_into_values():
     version = BAR0["VERSION"]
-    assert version.reset == 0x0001_0000
+    assert version.reset == 0x0001_0001
     assert version.get(0x0003_0007, "MAJOR") == 3
     assert version.set(0x0003_0007, "MINOR", 9) == 0x0003_0009
     with pytest.raises(ValueError, match=r"VERSION\.MINOR has 16 bits"):

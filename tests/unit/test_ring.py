@@ -62,7 +62,15 @@ def test_commands_are_encoded_as_the_contract_says():
         (Command.signal_remote(16, PostOp.ADD, 5), commands.SIGNAL_REMOTE,
          {"opcode": 8, "address": 16, "op": 2, "value": 5}),
         (Command.indirect(128, 6), commands.INDIRECT, {"opcode": 9, "list": 128, "count": 6}),
+        (Command.crc(1, 2, 4, expected=True), commands.CRC,
+         {"opcode": 7, "units": 1, "src": 1, "size": 2, "result": 4}),
+        (Command.indirect(128, 6, times=64, concurrent=True), commands.INDIRECT,
+         {"opcode": 9, "list": 128, "count": 6, "times": 64, "options": 1}),
         (Command.trap(4), commands.TRAP, {"opcode": 10, "code": 4}),
+        (Command.wait_value(64, 5, 2, 0xFF, flags=1), commands.WAIT_VALUE,
+         {"opcode": 11, "flags": 1, "address": 64, "value": 5, "mask": 0xFF, "condition": 2}),
+        (Command.branch(3, 70, 9, 4, source=2), commands.BRANCH,
+         {"opcode": 12, "where": 70, "value": 9, "mask": 0xFFFFFFFF, "target": 3, "condition": 4, "source": 2}),
     ]
     for command, dtype, expected in cases:
         got = row(bytes(command), dtype)
