@@ -59,6 +59,13 @@ def attached(request, record_property):
 
 
 @pytest.fixture
+def crowded(request):
+    """The device with two hardware queues, so that streams must share them."""
+    with maia_rt.open(PCI_DEVICE or request.getfixturevalue("emulator")[1], max_queues=2) as opened:
+        yield opened
+
+
+@pytest.fixture
 def embedded(paths_for_the_embedded_emulator, record_property):
     """An embedded device: a new process for each test."""
     with maia_rt.open("emulated") as opened:
