@@ -22,9 +22,10 @@ from maia_rt.contract.commands import (
     COUNTER_NAMES,
     COUNTERS,
     FAULT,
-    FAULT_LOG_ENTRIES,
     IDENTIFY,
+    QUEUE_LOG,
     RANGE,
+    SEMAPHORE_LOG,
     AdminOpcode,
     Feature,
     Log,
@@ -332,13 +333,40 @@ class Firmware:
 
     def faults(self) -> npt.NDArray[Any]:
         """Return the fault log, oldest first, as FAULT records."""
+        return self._log(Log.FAULTS, FAULT)
+
+    def queue_log(self) -> npt.NDArray[Any]:
+        """Return what each queue is at, by id, as QUEUE_LOG records.
+
+        Raises
+        ------
+        Unsupported
+            The device speaks contract 1.0, which has no such log.
+        """
+        return self._log(Log.QUEUES, QUEUE_LOG)
+
+    def semaphore_log(self) -> npt.NDArray[Any]:
+        """Return every semaphore that was ever written, or that a command had to wait for, as SEMAPHORE_LOG records.
+
+        Raises as :meth:`queue_log`.
+        """
+        return self._log(Log.SEMAPHORES, SEMAPHORE_LOG)
+
+    def _log(self, log: Log, record: np.dtype[np.void]) -> npt.NDArray[Any]:
+        """Read a log of records whole."""
+        if log in (Log.QUEUES, Log.SEMAPHORES) and self.capabilities.contract < (1, 1):
+            raise Unsupported(f"{self._transport.name}: no log {log.name}", cause="the device speaks contract 1.0",
+                              hint="update its firmware")
         admin = self._admin
         with admin.lock:
-            room = FAULT_LOG_ENTRIES * FAULT.itemsize
-            size, _ = admin.execute(AdminOpcode.GET_LOG, Log.FAULTS, admin.page_iova, room)
-            return np.frombuffer(bytes(admin.page[:min(size, room)]), FAULT)
-
-    # --- looking at one that may hang --------------------------------------------------------------------------------
+            room = len(admin.page) - len(admin.page) % record.itemsize
+            size, whole = admin.execute(AdminOpcode.GET_LOG, log, admin.page_iova, room)
+            if whole <= room:
+                return np.frombuffer(bytes(admin.page[:min(size, room)]), record)
+            # What came meanwhile is left out.
+            with self._pool.allocate(whole) as block:
+                size, _ = admin.execute(AdminOpcode.GET_LOG, log, block.iova, whole)
+                return np.frombuffer(bytes(block.view()[:min(size, whole)]), record)
 
     def ailment(self, patience: float = 0.5) -> str:
         """Ask firmware for a sign of life; return why there is none, an empty text where there is one.

@@ -18,7 +18,8 @@ PREFIXES: dict[type[enum.IntEnum], str] = {
     commands.Opcode: "OPCODE", commands.CommandFlag: "FLAG", commands.WaitOp: "WAIT", commands.PostOp: "POST",
     commands.Condition: "CONDITION", commands.BranchSource: "BRANCH", commands.ListOption: "LIST",
     commands.QueueState: "QUEUE", commands.AdminOpcode: "ADMIN_OPCODE", commands.AdminStatus: "ADMIN_STATUS",
-    commands.Feature: "FEATURE", commands.Log: "LOG", errors.FaultCode: "FAULT",
+    commands.Feature: "FEATURE", commands.Log: "LOG", commands.QueueStage: "STAGE",
+    commands.SemaphoreWriter: "WRITER", commands.InjectionKind: "INJECTION", errors.FaultCode: "FAULT",
     program.Section: "SECTION", program.Dtype: "DTYPE", program.ArgKind: "ARG", program.Engine: "ENGINE",
     program.MacroOp: "MACRO", program.OpFlag: "OP_FLAG", program.Space: "SPACE",
 }
@@ -35,7 +36,9 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "progress_t": commands.PROGRESS, "admin_command_t": commands.ADMIN_COMMAND,
     "admin_completion_t": commands.ADMIN_COMPLETION, "identify_t": commands.IDENTIFY,
     "create_queue_t": commands.CREATE_QUEUE, "hbm_range_t": commands.RANGE, "counters_t": commands.COUNTERS,
-    "fault_t": commands.FAULT, "operand_t": program.OPERAND, "op_t": program.OP, "image_header_t": program.HEADER,
+    "fault_t": commands.FAULT, "queue_log_t": commands.QUEUE_LOG, "semaphore_log_t": commands.SEMAPHORE_LOG,
+    "injection_t": commands.INJECTION, "operand_t": program.OPERAND, "op_t": program.OP,
+    "image_header_t": program.HEADER,
     "image_section_t": program.SECTION, "image_kernel_t": program.KERNEL, "image_arg_t": program.ARG,
     "image_stream_t": program.STREAM,
 }

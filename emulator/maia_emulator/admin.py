@@ -13,7 +13,7 @@
     SET_FEATURE     feature   value                                                  NOT_FOUND
     GET_FEATURE     feature                               value                      NOT_FOUND
     ABORT           queue     sequence                                               NOT_FOUND
-    GET_LOG         log       address  bytes              bytes written              NOT_FOUND, BAD_ADDRESS
+    GET_LOG         log       address  bytes              bytes written   there are  NOT_FOUND, BAD_ADDRESS
 
 An unknown opcode is INVALID_OPCODE. ``flags`` and every p not named are zero, else INVALID_FIELD. Addresses are device
 addresses: host memory, HBM or SRAM.
@@ -21,7 +21,7 @@ addresses: host memory, HBM or SRAM.
 IDENTIFY writes the 512-byte page. LOAD_PROGRAM gives the image's kernels consecutive handles, in the image's order;
 UNLOAD_PROGRAM takes the first of them. Where an image is refused, the reason is written to p2 as UTF-8, cut to p3 bytes
 and always ended by NUL; p2 = 0 asks for no message. CREATE_CONTEXT reads p1 RANGE records at p0. GET_LOG writes the
-COUNTERS record, or whole FAULT records, oldest first, as far as p2 bytes hold them.
+COUNTERS record, or whole records of the other logs, as far as p2 bytes hold them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from maia_rt.contract import program
 from maia_rt.contract.commands import (
     CONTRACT_MAJOR,
     CONTRACT_MINOR,
-    COUNTERS,
     FAULT,
     IDENTIFY,
+    QUEUE_LOG,
     RANGE,
+    SEMAPHORE_LOG,
     AdminOpcode,
     AdminStatus,
     Log,
@@ -83,6 +84,14 @@ class AdminCommands:
             AdminOpcode.GET_FEATURE: (self._get_feature, 1),
             AdminOpcode.ABORT: (self._abort, 2),
             AdminOpcode.GET_LOG: (self._get_log, 3),
+        }
+
+        # Log -> (what reads it, the bytes that are written together or not at all).
+        self._logs: dict[int, tuple[Callable[[], bytes], int]] = {
+            Log.COUNTERS: (engine.counters, 1),
+            Log.FAULTS: (engine.faults, FAULT.itemsize),
+            Log.QUEUES: (engine.queue_log, QUEUE_LOG.itemsize),
+            Log.SEMAPHORES: (engine.semaphore_log, SEMAPHORE_LOG.itemsize),
         }
 
     def prepare(self, command: np.void) -> Act:
@@ -170,14 +179,14 @@ class AdminCommands:
 
     def _get_log(self, log: int, address: int, size: int) -> Act:
         size = min(size, LOG_BYTES_MAX)
-        if log == Log.COUNTERS:
-            raw = self._engine.counters()[: min(size, COUNTERS.itemsize)]
-        elif log == Log.FAULTS:
-            raw = self._engine.faults()[: size - size % FAULT.itemsize]
-        else:
-            raise AdminError(AdminStatus.NOT_FOUND, f"there is no log {log}")
+        try:
+            page, record = self._logs[log]
+        except KeyError:
+            raise AdminError(AdminStatus.NOT_FOUND, f"there is no log {log}") from None
+        whole = page()
+        raw = whole[: size - size % record]
         self._write(address, raw)
-        return lambda: (len(raw), 0)
+        return lambda: (len(raw), len(whole))
 
     def _read(self, address: int, size: int) -> bytes:
         try:

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 
+from maia_emulator import logs
 from maia_rt.contract.commands import COUNTERS, CREATE_QUEUE, AdminStatus, Feature
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -17,7 +18,7 @@ from libc.string cimport memcpy, memset
 
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
-from maia_emulator.queues cimport MAX_IN_FLIGHT, FrontEnd, in_flight_t, queue_t
+from maia_emulator.queues cimport MAX_IN_FLIGHT, FrontEnd, in_flight_t, queue_t, writer_t
 from maia_emulator.support cimport add32, and32, clock_ns, load32, store32, store64, swap_if32
 from maia_emulator.tiles cimport Tiles, fill_kernel, free_kernel
 from maia_rt._fast.commands cimport (
@@ -25,8 +26,10 @@ from maia_rt._fast.commands cimport (
     FAULT_ABORTED,
     FAULT_LOG_ENTRIES,
     FAULT_NONE,
+    NO_QUEUE,
     NO_VECTOR,
     POST_SET,
+    WRITER_HOST,
     counters_t,
     create_queue_t,
     fault_t,
@@ -171,6 +174,7 @@ cdef class Engine:
             memset(self.contexts, 0, MAX_CONTEXTS * sizeof(context_t))
             self.contexts[0].live = True
             memset(self.bar2, 0, self.bar2_bytes)
+            memset(front.writers, 0, front.semaphore_count * sizeof(writer_t))
             memset(&front.counters, 0, sizeof(counters_t))
             memset(&front.traffic, 0, sizeof(front.traffic))
             front.counted_from = clock_ns()
@@ -511,12 +515,16 @@ cdef class Engine:
 
     def semaphore_op(self, uint64_t index, int op, uint32_t value):
         """The SEMAPHORE_OP register: set or add; anything it may not do is ignored."""
+        cdef writer_t *writer
         if not self.front.max_queues <= index < self.front.semaphore_count:
             return
         if op == POST_SET:
             store32(&self.front.semaphores[index], value)
         else:
-            add32(&self.front.semaphores[index], value)
+            value = add32(&self.front.semaphores[index], value)
+        writer = &self.front.writers[index]
+        writer.time_ns, writer.sequence, writer.queue, writer.value = clock_ns(), 0, <uint32_t> NO_QUEUE, value
+        writer.kind = WRITER_HOST
         self.front.wake()
 
     def add_counter(self, name, n):
@@ -546,3 +554,11 @@ cdef class Engine:
         count = min(self.front.fault_count, <uint64_t> FAULT_LOG_ENTRIES)
         first = self.front.fault_count - count
         return b"".join((<char *> &log[(first + i) % FAULT_LOG_ENTRIES])[:sizeof(fault_t)] for i in range(count))
+
+    def queue_log(self):
+        """QUEUE_LOG records of all queues, by id."""
+        return logs.queue_log(self.front)
+
+    def semaphore_log(self):
+        """SEMAPHORE_LOG records of the semaphores that were ever written or waited for, by index."""
+        return logs.semaphore_log(self.front)

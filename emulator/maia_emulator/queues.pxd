@@ -6,10 +6,21 @@ from maia_emulator.memory cimport DeviceMemory, context_t, traffic_t
 from maia_emulator.support cimport pthread_mutex_t
 from maia_emulator.launch cimport kernel_t, launch_t
 from maia_emulator.tiles cimport Tiles
-from maia_rt._fast.commands cimport command_t, counters_t, fault_t
+from maia_rt._fast.commands cimport command_t, counters_t, fault_t, semaphore_op_t
 
 cdef enum:
     MAX_IN_FLIGHT = 16
+
+cdef enum:                  # queue_t.state
+    RUNNING = 0
+    STOPPING = 1            # failed; earlier commands are still in flight
+    STOPPED = 2
+
+cdef enum:                  # queue_t.stage
+    EMPTY = 0
+    FETCHED = 1
+    STARTED = 2
+    ON_TILES = 3            # a list's LAUNCH
 
 cdef struct window_t:       # a translation that stays good while the DMA table's generation does
     uint64_t start
@@ -25,6 +36,14 @@ cdef struct in_flight_t:    # a command that has started, and maybe ended, befor
     uint32_t status
     uint32_t steps          # the watchdog's last look
     uint64_t steps_ns
+
+cdef struct writer_t:       # who wrote a semaphore last, as far as the device did it itself
+    uint64_t time_ns
+    uint64_t sequence
+    uint32_t queue
+    uint32_t value          # what it was then: another value now is the host's, or a peer's
+    uint32_t kind           # SemaphoreWriter
+    bint awaited            # a command had to wait for it
 
 cdef struct queue_t:
     bint live
@@ -42,6 +61,8 @@ cdef struct queue_t:
     uint64_t head           # index of the command to fetch next, or under way
     uint64_t retired
     uint64_t published
+    uint64_t published_ns
+    uint64_t since_ns       # when the command under way was first found not to go on at once; 0: it was not
     uint32_t tail           # the doorbell as last seen
     uint32_t report_tail
     uint32_t report_head    # as last seen
@@ -63,6 +84,8 @@ cdef struct queue_t:
     int flight_first
     int flight_count
 
+cdef bint satisfied(semaphore_op_t *op, uint32_t value) noexcept nogil
+
 cdef class FrontEnd:
     cdef readonly DeviceMemory memory
     cdef readonly Tiles tiles
@@ -73,6 +96,7 @@ cdef class FrontEnd:
     cdef uint32_t max_queues
     cdef uint32_t semaphore_count
     cdef uint32_t *semaphores
+    cdef writer_t *writers      # of each semaphore
     cdef char *bar2
     cdef kernel_t *kernels
     cdef uint32_t kernel_count
@@ -85,6 +109,7 @@ cdef class FrontEnd:
     cdef uint32_t sleep_number
     cdef int wake_fd
     cdef uint64_t spin_ns
+    cdef uint64_t now           # when the round began
     cdef uint64_t watchdog_ns
     cdef uint64_t counted_from
     cdef counters_t counters
@@ -108,7 +133,8 @@ cdef class FrontEnd:
     cdef int start_launch(self, queue_t *q) noexcept nogil
     cdef bint find_tiles(self, uint32_t count, uint32_t clusters, uint32_t *physical) noexcept nogil
     cdef int complete(self, queue_t *q) noexcept nogil
-    cdef void post(self, command_t *command) noexcept nogil
+    cdef void post(self, queue_t *q, uint64_t sequence, command_t *command) noexcept nogil
+    cdef void wrote(self, uint32_t index, uint32_t value, queue_t *q, uint64_t sequence) noexcept nogil
     cdef int fail(self, queue_t *q, uint64_t sequence, uint32_t code, uint64_t bad, uint32_t detail, uint32_t unit,
                   uint32_t kernel, command_t *command, uint64_t start_ns) noexcept nogil
     cdef int fail_here(self, queue_t *q, uint32_t code, uint64_t bad) noexcept nogil

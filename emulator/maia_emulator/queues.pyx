@@ -60,11 +60,13 @@ from maia_rt._fast.commands cimport (
     WAIT_ACQUIRE,
     WAIT_EQ,
     WAIT_NONE,
+    WRITER_QUEUE,
     command_t,
     fault_t,
     indirect_command_t,
     launch_command_t,
     report_t,
+    semaphore_op_t,
 )
 from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
 
@@ -79,17 +81,6 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *data, size_t size)
     int usleep(unsigned int microseconds)
-
-cdef enum:                  # queue_t.state
-    RUNNING = 0
-    STOPPING = 1            # failed; earlier commands are still in flight
-    STOPPED = 2
-
-cdef enum:                  # queue_t.stage
-    EMPTY = 0
-    FETCHED = 1
-    STARTED = 2
-    ON_TILES = 3            # a list's LAUNCH
 
 cdef enum:                  # what a step did
     BLOCKED = 0
@@ -125,6 +116,13 @@ cdef char *translate(DeviceMemory memory, window_t *window, uint64_t address, ui
     return window.at
 
 
+cdef bint satisfied(semaphore_op_t *op, uint32_t value) noexcept nogil:
+    """Whether a semaphore of this value lets a pre-semaphore operation through."""
+    if op.op == WAIT_NONE:
+        return True
+    return value == op.value if op.op == WAIT_EQ else <int32_t> (value - op.value) >= 0
+
+
 cdef inline bint held_by_tiles(queue_t *q) noexcept nogil:
     """Whether nothing in the queue can start before a launch of its own ends, which wakes us anyway."""
     if q.stage == ON_TILES:
@@ -150,11 +148,12 @@ cdef class FrontEnd:
         self.semaphores = <uint32_t *> (self.bar2 + <size_t> max_queues * 4096)
         self.queues = <queue_t *> calloc(max_queues, sizeof(queue_t))
         self.live = <uint32_t *> calloc(max_queues, sizeof(uint32_t))
+        self.writers = <writer_t *> calloc(semaphores, sizeof(writer_t))
         self.kernels = <kernel_t *> calloc(self.kernel_count, sizeof(kernel_t))
         self.tile_busy = <uint8_t *> calloc(tiles.count, 1)
         self.faults = <fault_t *> calloc(FAULT_LOG_ENTRIES, sizeof(fault_t))
         if (self.queues == NULL or self.live == NULL or self.kernels == NULL or self.tile_busy == NULL
-                or self.faults == NULL):
+                or self.faults == NULL or self.writers == NULL):
             raise MemoryError
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         tiles.sleeping, tiles.wake_fd = &self.sleeping, self.wake_fd
@@ -163,6 +162,7 @@ cdef class FrontEnd:
     def __dealloc__(self):
         free(self.queues)
         free(self.live)
+        free(self.writers)
         free(self.kernels)
         free(self.tile_busy)
         free(self.faults)
@@ -202,6 +202,7 @@ cdef class FrontEnd:
                 sched_yield()       # a mutex is not fair: let the one who asked have it
             now = clock_ns()
             pthread_mutex_lock(&self.control)
+            self.now = now
             moved = self.round()
             if moved:
                 self.counters.busy_ns_command += clock_ns() - now
@@ -247,6 +248,7 @@ cdef class FrontEnd:
                 store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), self.sleep_number)
         full_fence()
         # A doorbell rung before its writer could see the word is found here.
+        self.now = clock_ns()
         moved = self.round()
         pthread_mutex_unlock(&self.control)
         if not moved and not load32(&self.stopping):
@@ -298,6 +300,8 @@ cdef class FrontEnd:
                         moved = True
                         break
                 step = self.advance(q)
+                if step != MOVED and q.since_ns == 0:
+                    q.since_ns = clock_ns()
                 if step == BLOCKED:
                     break
                 moved = True
@@ -329,7 +333,7 @@ cdef class FrontEnd:
         else:
             memset(&q.command, 0, COMMAND_BYTES)
             fault = self.memory.load(&q.command, address, COMMAND_BYTES, NULL, &self.traffic, &bad)
-        q.list_count = 0
+        q.list_count, q.since_ns = 0, 0
         if fault == FAULT_NONE and q.command.sequence != <uint16_t> (q.head + 1):
             fault = FAULT_BAD_SEQUENCE
             bad = q.command.sequence
@@ -345,6 +349,7 @@ cdef class FrontEnd:
         """Likewise from an INDIRECT list."""
         cdef uint64_t bad = 0
         cdef uint32_t fault
+        q.since_ns = 0
         fault = self.memory.load(&q.command, q.list_at + <uint64_t> q.list_index * COMMAND_BYTES, COMMAND_BYTES,
                                  q.context, &self.traffic, &bad)
         if fault == FAULT_NONE:
@@ -369,15 +374,11 @@ cdef class FrontEnd:
 
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil:
         cdef int i
-        cdef uint32_t value
         for i in range(2):
             if command.pre[i].op == WAIT_NONE:
                 continue
-            value = load32(&self.semaphores[command.pre[i].index])
-            if command.pre[i].op == WAIT_EQ:
-                if value != command.pre[i].value:
-                    return False
-            elif <int32_t> (value - command.pre[i].value) < 0:
+            if not satisfied(&command.pre[i], load32(&self.semaphores[command.pre[i].index])):
+                self.writers[command.pre[i].index].awaited = True
                 return False
         return True
 
@@ -405,7 +406,8 @@ cdef class FrontEnd:
                     return step
             for i in range(2):
                 if q.command.pre[i].op == WAIT_ACQUIRE:
-                    add32(&self.semaphores[q.command.pre[i].index], -q.command.pre[i].value)
+                    self.wrote(q.command.pre[i].index, add32(&self.semaphores[q.command.pre[i].index],
+                                                             -q.command.pre[i].value), q, q.head + 1)
             self.counters.by_opcode[q.command.opcode] += 1
             if q.list_count == 0:
                 q.start_ns = clock_ns() if q.command.flags & FLAG_REPORT else 0
@@ -483,7 +485,7 @@ cdef class FrontEnd:
         """The command under way is done: of a list, go on with the next; else retire it when its turn comes."""
         cdef int i
         self.counters.commands += 1
-        self.post(&q.command)
+        self.post(q, q.head + 1, &q.command)
         if q.list_count:
             q.list_index += 1
             if q.list_index < q.list_count:
@@ -491,7 +493,7 @@ cdef class FrontEnd:
             q.command = q.outer
             q.list_count = 0
             self.counters.commands += 1
-            self.post(&q.command)
+            self.post(q, q.head + 1, &q.command)
         if q.command.flags & FLAG_REPORT:
             self.report(q, q.head + 1, q.start_ns, FAULT_NONE, 0)
         q.stage = EMPTY
@@ -504,15 +506,24 @@ cdef class FrontEnd:
         q.flight_count += 1
         return MOVED
 
-    cdef void post(self, command_t *command) noexcept nogil:
+    cdef void post(self, queue_t *q, uint64_t sequence, command_t *command) noexcept nogil:
+        cdef uint32_t index, value
         cdef int i
         for i in range(2):
             if command.post[i].op == POST_NONE:
                 continue
+            index, value = command.post[i].index, command.post[i].value
             if command.post[i].op == POST_SET:
-                store32(&self.semaphores[command.post[i].index], command.post[i].value)
+                store32(&self.semaphores[index], value)
             else:
-                add32(&self.semaphores[command.post[i].index], command.post[i].value)
+                value = add32(&self.semaphores[index], value)
+            self.wrote(index, value, q, sequence)
+
+    cdef void wrote(self, uint32_t index, uint32_t value, queue_t *q, uint64_t sequence) noexcept nogil:
+        """Remember who gave a semaphore its value."""
+        cdef writer_t *writer = &self.writers[index]
+        writer.time_ns, writer.sequence, writer.queue, writer.value = self.now, sequence, q.id, value
+        writer.kind = WRITER_QUEUE
 
     cdef bint reap(self, queue_t *q) noexcept nogil:
         """Look after launches in flight: finish what is done, retire in order."""
@@ -546,7 +557,7 @@ cdef class FrontEnd:
                           &entry.command, entry.start_ns)
             else:
                 self.counters.commands += 1
-                self.post(&entry.command)
+                self.post(q, entry.sequence, &entry.command)
                 if entry.command.flags & FLAG_REPORT:
                     self.report(q, entry.sequence, entry.start_ns, FAULT_NONE, 0)
             self.free_launch(launch)
@@ -656,7 +667,7 @@ cdef class FrontEnd:
     cdef void publish(self, queue_t *q) noexcept nogil:
         """Show progress: the mirror semaphore, the progress word, and the interrupt where one is armed."""
         cdef uint64_t before = q.published, arm
-        q.published = q.retired
+        q.published, q.published_ns = q.retired, self.now
         store32(&self.semaphores[q.id], <uint32_t> q.retired)
         self.write_progress(q, 0, q.retired, 8)
         # The driver arms, fences, reads progress; we write progress, fence, read ARM: one of us sees the other.

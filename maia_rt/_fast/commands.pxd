@@ -18,6 +18,12 @@ cdef enum:
     NO_VECTOR = 0xffff
     NO_UNIT = 0xffffffff
     FAULT_LOG_ENTRIES = 64
+    NO_SEMAPHORE = 0xffffffff
+    NO_QUEUE = 0xffffffff
+    INJECT_NOW = 1
+    INJECT_ENDS = 2
+    INJECT_DRAWN = 4
+    MAX_INJECTIONS = 32
     IMAGE_MAJOR = 1
     IMAGE_MINOR = 0
     MAX_IMAGE_BYTES = 0x4000000
@@ -88,6 +94,8 @@ cdef enum:
     ADMIN_OPCODE_GET_FEATURE = 0x41
     ADMIN_OPCODE_ABORT = 0x50
     ADMIN_OPCODE_GET_LOG = 0x60
+    ADMIN_OPCODE_INJECT = 0x70
+    ADMIN_OPCODE_CLEAR_INJECTIONS = 0x71
 
 cdef enum:
     ADMIN_STATUS_OK = 0x0
@@ -106,6 +114,31 @@ cdef enum:
 cdef enum:
     LOG_COUNTERS = 0x1
     LOG_FAULTS = 0x2
+    LOG_QUEUES = 0x3
+    LOG_SEMAPHORES = 0x4
+
+cdef enum:
+    STAGE_IDLE = 0x0
+    STAGE_BARRIER = 0x1
+    STAGE_REPORT_ROOM = 0x2
+    STAGE_SEMAPHORE = 0x3
+    STAGE_VALUE = 0x4
+    STAGE_TILES = 0x5
+    STAGE_RUNNING = 0x6
+
+cdef enum:
+    WRITER_NONE = 0x0
+    WRITER_QUEUE = 0x1
+    WRITER_MIRROR = 0x2
+    WRITER_HOST = 0x3
+
+cdef enum:
+    INJECTION_FAULT = 0x1
+    INJECTION_DELAY = 0x2
+    INJECTION_HANG = 0x3
+    INJECTION_CORRUPT = 0x4
+    INJECTION_FIRMWARE = 0x5
+    INJECTION_GONE = 0x6
 
 cdef enum:
     FAULT_NONE = 0x0
@@ -464,6 +497,55 @@ cdef struct fault_t:
     uint32_t reserved
     uint8_t command[64]
     uint8_t reserved1[16]
+
+cdef struct queue_log_t:
+    uint64_t time_ns
+    uint64_t since_ns
+    uint64_t head
+    uint64_t retired
+    uint64_t sequence
+    uint64_t fault_sequence
+    uint64_t address
+    uint32_t queue
+    uint32_t tail
+    uint32_t state
+    uint32_t fault
+    uint32_t stage
+    uint32_t semaphore
+    uint32_t value
+    uint32_t wanted
+    uint32_t condition
+    uint32_t mask
+    uint32_t list_index
+    uint32_t list_count
+    uint32_t in_flight
+    uint32_t report_tail
+    uint32_t report_head
+    uint32_t reserved[3]
+    uint8_t command[64]
+
+cdef struct semaphore_log_t:
+    uint64_t time_ns
+    uint64_t sequence
+    uint32_t index
+    uint32_t value
+    uint32_t queue
+    uint32_t writer
+
+cdef struct injection_t:
+    uint8_t kind
+    uint8_t flags
+    uint16_t code
+    uint32_t opcodes
+    uint32_t queue
+    uint32_t after
+    uint32_t every
+    uint32_t times
+    uint32_t probability
+    uint32_t reserved0
+    uint64_t sequence
+    uint64_t value
+    uint64_t seed
 
 cdef struct operand_t:
     uint64_t offset

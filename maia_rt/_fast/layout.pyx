@@ -30,6 +30,9 @@ def structures():
     cdef commands.hbm_range_t hbm_range
     cdef commands.counters_t counters
     cdef commands.fault_t fault
+    cdef commands.queue_log_t queue_log
+    cdef commands.semaphore_log_t semaphore_log
+    cdef commands.injection_t injection
     cdef commands.operand_t operand
     cdef commands.op_t op
     cdef commands.image_header_t image_header
@@ -316,6 +319,58 @@ def structures():
         "reserved": <char *>&fault.reserved - <char *>&fault,
         "command": <char *>&fault.command - <char *>&fault,
         "reserved1": <char *>&fault.reserved1 - <char *>&fault,
+    }
+    result["queue_log_t"] = {
+        "": sizeof(queue_log),
+        "time_ns": <char *>&queue_log.time_ns - <char *>&queue_log,
+        "since_ns": <char *>&queue_log.since_ns - <char *>&queue_log,
+        "head": <char *>&queue_log.head - <char *>&queue_log,
+        "retired": <char *>&queue_log.retired - <char *>&queue_log,
+        "sequence": <char *>&queue_log.sequence - <char *>&queue_log,
+        "fault_sequence": <char *>&queue_log.fault_sequence - <char *>&queue_log,
+        "address": <char *>&queue_log.address - <char *>&queue_log,
+        "queue": <char *>&queue_log.queue - <char *>&queue_log,
+        "tail": <char *>&queue_log.tail - <char *>&queue_log,
+        "state": <char *>&queue_log.state - <char *>&queue_log,
+        "fault": <char *>&queue_log.fault - <char *>&queue_log,
+        "stage": <char *>&queue_log.stage - <char *>&queue_log,
+        "semaphore": <char *>&queue_log.semaphore - <char *>&queue_log,
+        "value": <char *>&queue_log.value - <char *>&queue_log,
+        "wanted": <char *>&queue_log.wanted - <char *>&queue_log,
+        "condition": <char *>&queue_log.condition - <char *>&queue_log,
+        "mask": <char *>&queue_log.mask - <char *>&queue_log,
+        "list_index": <char *>&queue_log.list_index - <char *>&queue_log,
+        "list_count": <char *>&queue_log.list_count - <char *>&queue_log,
+        "in_flight": <char *>&queue_log.in_flight - <char *>&queue_log,
+        "report_tail": <char *>&queue_log.report_tail - <char *>&queue_log,
+        "report_head": <char *>&queue_log.report_head - <char *>&queue_log,
+        "reserved": <char *>&queue_log.reserved - <char *>&queue_log,
+        "command": <char *>&queue_log.command - <char *>&queue_log,
+    }
+    result["semaphore_log_t"] = {
+        "": sizeof(semaphore_log),
+        "time_ns": <char *>&semaphore_log.time_ns - <char *>&semaphore_log,
+        "sequence": <char *>&semaphore_log.sequence - <char *>&semaphore_log,
+        "index": <char *>&semaphore_log.index - <char *>&semaphore_log,
+        "value": <char *>&semaphore_log.value - <char *>&semaphore_log,
+        "queue": <char *>&semaphore_log.queue - <char *>&semaphore_log,
+        "writer": <char *>&semaphore_log.writer - <char *>&semaphore_log,
+    }
+    result["injection_t"] = {
+        "": sizeof(injection),
+        "kind": <char *>&injection.kind - <char *>&injection,
+        "flags": <char *>&injection.flags - <char *>&injection,
+        "code": <char *>&injection.code - <char *>&injection,
+        "opcodes": <char *>&injection.opcodes - <char *>&injection,
+        "queue": <char *>&injection.queue - <char *>&injection,
+        "after": <char *>&injection.after - <char *>&injection,
+        "every": <char *>&injection.every - <char *>&injection,
+        "times": <char *>&injection.times - <char *>&injection,
+        "probability": <char *>&injection.probability - <char *>&injection,
+        "reserved0": <char *>&injection.reserved0 - <char *>&injection,
+        "sequence": <char *>&injection.sequence - <char *>&injection,
+        "value": <char *>&injection.value - <char *>&injection,
+        "seed": <char *>&injection.seed - <char *>&injection,
     }
     result["operand_t"] = {
         "": sizeof(operand),

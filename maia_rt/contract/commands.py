@@ -184,6 +184,8 @@ class AdminOpcode(enum.IntEnum):
     GET_FEATURE = 0x41
     ABORT = 0x50
     GET_LOG = 0x60
+    INJECT = 0x70
+    CLEAR_INJECTIONS = 0x71
 
 
 class AdminStatus(enum.IntEnum):
@@ -214,6 +216,58 @@ class Log(enum.IntEnum):
     """One COUNTERS record."""
     FAULTS = 2
     """FAULT records, oldest first; reading does not remove them."""
+    QUEUES = 3
+    """One QUEUE_LOG record a queue there is."""
+    SEMAPHORES = 4
+    """One SEMAPHORE_LOG record a semaphore that was ever written, or that a command had to wait for."""
+
+
+class QueueStage(enum.IntEnum):
+    """``QUEUE_LOG['stage']``: what a queue's next command is at. The first condition that is not met counts."""
+
+    IDLE = 0
+    BARRIER = 1
+    """Earlier commands of the queue have not retired."""
+    REPORT_ROOM = 2
+    """The report ring is full."""
+    SEMAPHORE = 3
+    """A pre-semaphore operation is not satisfied."""
+    VALUE = 4
+    """A word of memory does not hold what is waited for."""
+    TILES = 5
+    """Not enough tiles are free."""
+    RUNNING = 6
+    """The command runs; or nothing is left to start, and the oldest launch runs."""
+
+
+class SemaphoreWriter(enum.IntEnum):
+    """``SEMAPHORE_LOG['writer']``: who wrote a semaphore last."""
+
+    NONE = 0
+    """Nobody since CONTROL.ENABLE."""
+    QUEUE = 1
+    """A command of a queue: a post, or the subtraction of ACQUIRE."""
+    MIRROR = 2
+    """The device: the progress of the queue of that number."""
+    HOST = 3
+    """The host or a peer, through BAR 2 or SEMAPHORE_OP."""
+
+
+class InjectionKind(enum.IntEnum):
+    """``INJECTION['kind']``."""
+
+    FAULT = 1
+    """The command fails with the code and address given, before it starts."""
+    DELAY = 2
+    """The command starts later."""
+    HANG = 3
+    """The command never gets anywhere: the watchdog, an abort or a reset ends it."""
+    CORRUPT = 4
+    """A bit of what the command wrote is flipped before anybody is told that it is done."""
+    FIRMWARE = 5
+    """Firmware stops: no heartbeat, no answer to admin commands. Queues run on."""
+    GONE = 6
+    """The device vanishes as in a surprise removal."""
 
 
 ADMIN_COMMAND = np.dtype([("opcode", "<u2"), ("flags", "<u2"), ("id", "<u4"), ("p", "<u8", (7,))])
@@ -258,6 +312,37 @@ FAULT = np.dtype(
 """A fault log entry, 128 bytes: ``unit`` is the tile or NO_UNIT, ``detail`` as in REPORT, ``command`` as fetched."""
 NO_UNIT = 0xFFFFFFFF
 FAULT_LOG_ENTRIES = 64
+
+QUEUE_LOG = np.dtype(
+    [("time_ns", "<u8"), ("since_ns", "<u8"), ("head", "<u8"), ("retired", "<u8"), ("sequence", "<u8"),
+     ("fault_sequence", "<u8"), ("address", "<u8"), ("queue", "<u4"), ("tail", "<u4"), ("state", "<u4"),
+     ("fault", "<u4"), ("stage", "<u4"), ("semaphore", "<u4"), ("value", "<u4"), ("wanted", "<u4"),
+     ("condition", "<u4"), ("mask", "<u4"), ("list_index", "<u4"), ("list_count", "<u4"), ("in_flight", "<u4"),
+     ("report_tail", "<u4"), ("report_head", "<u4"), ("reserved", "<u4", (3,)), ("command", "u1", (64,))]
+)
+"""What one queue is at, 192 bytes: ``command`` is the one under way, of a list the listed one."""
+NO_SEMAPHORE = 0xFFFFFFFF
+
+SEMAPHORE_LOG = np.dtype(
+    [("time_ns", "<u8"), ("sequence", "<u8"), ("index", "<u4"), ("value", "<u4"), ("queue", "<u4"), ("writer", "<u4")]
+)
+"""A semaphore and who wrote it last, 32 bytes."""
+NO_QUEUE = 0xFFFFFFFF
+
+INJECTION = np.dtype(
+    [("kind", "u1"), ("flags", "u1"), ("code", "<u2"), ("opcodes", "<u4"), ("queue", "<u4"), ("after", "<u4"),
+     ("every", "<u4"), ("times", "<u4"), ("probability", "<u4"), ("reserved0", "<u4"), ("sequence", "<u8"),
+     ("value", "<u8"), ("seed", "<u8")]
+)
+"""Parameters of INJECT, in place of ``p``; :class:`maia_rt.contract.injection.Injection` writes and reads them."""
+INJECT_NOW = 1
+"""``INJECTION['flags']``: FIRMWARE and GONE come as soon as INJECT has completed, not at a command."""
+INJECT_ENDS = 2
+"""FIRMWARE: it says that it failed (STATUS.BOOT), instead of falling silent. GONE: the server ends the connection."""
+INJECT_DRAWN = 4
+"""CORRUPT: the seed draws the bit, ``value`` is zero."""
+MAX_INJECTIONS = 32
+"""Injections that may be armed at one time."""
 
 
 def decode(raw: bytes | npt.NDArray[Any]) -> str:

@@ -126,6 +126,7 @@ BAR0: Final[dict[str, Register]] = {
         Field("BF16", 10, 1, "ro", 0x0, None, 'Operands in bfloat16.'),
         Field("FP8", 11, 1, "ro", 0x0, None, 'Operands in FP8 (E4M3, E5M2).'),
         Field("MX", 12, 1, "ro", 0x0, None, 'Operands in MX blocks of 32 with an E8M0 scale.'),
+        Field("INJECTION", 32, 1, "ro", 0x0, None, 'INJECT and CLEAR_INJECTIONS admin commands: faults on purpose, for emulators and bring-up.'),
     ), 'What the device can do (by profile).'),
     "QUEUE_CAPS": Register("QUEUE_CAPS", 0x020, 32, (
         Field("MAX_QUEUES", 0, 16, "ro", 0x0, None, 'Queues; ids are 0 .. MAX_QUEUES - 1. Semaphores of the same ids mirror their progress.'),

@@ -357,14 +357,14 @@ def test_features(driver):
 
 
 def test_counters_log(driver):
-    assert driver.command(GET_LOG, 1, driver.spare, 4096) == (OK, COUNTERS.itemsize, 0)
+    assert driver.command(GET_LOG, 1, driver.spare, 4096) == (OK, COUNTERS.itemsize, COUNTERS.itemsize)
     counters = np.frombuffer(driver.get(driver.spare, COUNTERS.itemsize), COUNTERS)[0]
     assert counters["admin_commands"] == 0
-    assert driver.command(GET_LOG, 1, driver.spare, 16) == (OK, 16, 0)
+    assert driver.command(GET_LOG, 1, driver.spare, 16) == (OK, 16, COUNTERS.itemsize)
     driver.command(GET_LOG, 1, driver.spare, 4096)
     assert np.frombuffer(driver.get(driver.spare, COUNTERS.itemsize), COUNTERS)[0]["admin_commands"] == 2
     assert driver.command(GET_LOG, 2, driver.spare, 4096) == (OK, 0, 0)
-    assert driver.command(GET_LOG, 3, driver.spare, 4096)[0] == NOT_FOUND
+    assert driver.command(GET_LOG, 99, driver.spare, 4096)[0] == NOT_FOUND
 
 
 def kernel(tiles=1, name="k"):

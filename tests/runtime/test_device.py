@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import maia_rt
+from maia_rt.contract.commands import Opcode, PostOp, QueueStage, SemaphoreWriter
 from maia_rt.errors import (
     ClosedError,
     DeviceBusy,
@@ -400,3 +401,12 @@ def test_without_a_selector_the_first_visible_device_is_opened(monkeypatch):
     monkeypatch.setenv("MAIA_VISIBLE_DEVICES", "emulated")
     with maia_rt.open() as device:
         assert device.name == "emulated"
+
+
+def test_the_device_tells_what_its_queues_are_at_and_who_wrote_a_semaphore(device, stream):
+    stream._submit(Opcode.NOP, post=((1000, PostOp.SET, 7),))
+    stream.synchronize()
+    queues, semaphores = device._firmware.queue_log(), device._firmware.semaphore_log()
+    assert stream.queue.id in queues["queue"] and queues["stage"].max() == QueueStage.IDLE
+    (written,) = semaphores[semaphores["index"] == 1000]
+    assert (written["value"], written["writer"], written["queue"]) == (7, SemaphoreWriter.QUEUE, stream.queue.id)

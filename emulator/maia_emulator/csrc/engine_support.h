@@ -10,7 +10,13 @@ static inline uint32_t load32(const volatile uint32_t *p) { return __atomic_load
 static inline uint64_t load64(const volatile uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void store32(volatile uint32_t *p, uint32_t x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
 static inline void store64(volatile uint64_t *p, uint64_t x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
-static inline uint32_t add32(volatile uint32_t *p, uint32_t x) { return __atomic_add_fetch(p, x, __ATOMIC_ACQ_REL); }
+/* The sum. GCC 12.2 makes "lock xadd %edx, (mem); add %edx, %edx" of __atomic_add_fetch where x is not needed after it;
+   what it cannot see through keeps the old value and x apart. */
+static inline uint32_t add32(volatile uint32_t *p, uint32_t x) {
+    uint32_t before = __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL);
+    __asm__("" : "+r"(before));
+    return before + x;
+}
 static inline uint32_t or32(volatile uint32_t *p, uint32_t x) { return __atomic_fetch_or(p, x, __ATOMIC_ACQ_REL); }
 static inline uint32_t and32(volatile uint32_t *p, uint32_t x) { return __atomic_fetch_and(p, x, __ATOMIC_ACQ_REL); }
 static inline int swap_if32(volatile uint32_t *p, uint32_t from, uint32_t to) {
