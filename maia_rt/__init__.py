@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maia_rt.loss import LostCommand
-    from maia_rt.runtime.buffer import Buffer, HostBuffer
+    from maia_rt.memory import Space
+    from maia_rt.runtime.buffer import Buffer
     from maia_rt.runtime.copy import CopyPath
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.discovery import DeviceInfo, devices, open
+    from maia_rt.runtime.dlpack import from_dlpack
     from maia_rt.runtime.event import Event
     from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
+    from maia_rt.runtime.host_buffer import HostBuffer
+    from maia_rt.runtime.pool import MemoryPool, PoolStatistics
     from maia_rt.runtime.program import Kernel, Program
     from maia_rt.runtime.stream import Stream, StreamStatistics
 
@@ -31,11 +35,15 @@ __all__ = [
     "HostBuffer",
     "Kernel",
     "LostCommand",
+    "MemoryPool",
+    "PoolStatistics",
     "Program",
+    "Space",
     "Stream",
     "StreamStatistics",
     "__version__",
     "devices",
+    "from_dlpack",
     "open",
 ]
 
@@ -43,8 +51,9 @@ __all__ = [
 _HOMES = {
     "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
     "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang",
-    "HostBuffer": "buffer", "Kernel": "program", "LostCommand": "stream", "Program": "program",
+    "HostBuffer": "host_buffer", "Kernel": "program", "LostCommand": "stream", "Program": "program",
     "Stream": "stream", "StreamStatistics": "stream", "devices": "discovery", "open": "discovery",
+    "MemoryPool": "pool", "PoolStatistics": "pool", "Space": "spaces", "from_dlpack": "dlpack",
 }
 
 

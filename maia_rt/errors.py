@@ -49,6 +49,10 @@ class ClosedError(MaiaError, ValueError):
     """The object, or one that it depends on, has been closed."""
 
 
+class BufferInUse(MaiaError, BufferError):
+    """Memory cannot be given back: commands that are not done use it. It stays open; the text names a command."""
+
+
 class ForkedError(MaiaError):
     """A handle made before ``fork`` was used in the child. Open the device anew in the child."""
 

@@ -1,13 +1,15 @@
 """Memory that a device can reach: I/O addresses, pinned host memory, and the heap of device memory."""
 
 from maia_rt.memory.address_space import AddressSpace, SpaceStatistics
-from maia_rt.memory.heap import DeviceHeap
+from maia_rt.memory.heap import DeviceHeap, SramHeap
 from maia_rt.memory.iova import IovaAllocator
 from maia_rt.memory.limits import check_memlock
 from maia_rt.memory.peer import PeerMemory
 from maia_rt.memory.physical import physical_ranges
 from maia_rt.memory.pinned import PinnedBlock, PinnedPool
 from maia_rt.memory.regions import DmaRegion
+from maia_rt.memory.registered import RegisteredMemory
+from maia_rt.memory.space import Space
 
 __all__ = [
     "AddressSpace",
@@ -17,7 +19,10 @@ __all__ = [
     "PeerMemory",
     "PinnedBlock",
     "PinnedPool",
+    "RegisteredMemory",
+    "Space",
     "SpaceStatistics",
+    "SramHeap",
     "check_memlock",
     "physical_ranges",
 ]

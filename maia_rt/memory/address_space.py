@@ -128,6 +128,20 @@ class AddressSpace:
         self._returned.append((address, size))
         self._settle()
 
+    def split(self, address: int, size: int) -> None:
+        """Make two ranges of the one handed out at `address`: the first has `size` bytes, a multiple of the granule."""
+        whole = self._allocated[address]
+        if not 0 < size < whole or size % self.granule:
+            raise InvalidArgument(f"{self.name}: a range of {whole} bytes cannot be split after {size}")
+        self._allocated[address + size] = whole - size
+        self._allocated[address] = size
+
+    def join(self, address: int, following: int) -> None:
+        """Make one range of two that were handed out and touch."""
+        if address + self._allocated[address] != following:
+            raise InvalidArgument(f"{self.name}: the ranges at {address:#x} and {following:#x} do not touch")
+        self._allocated[address] += self._allocated.pop(following)
+
     def size_of(self, address: int) -> int | None:
         """Return the size of the range handed out at `address`, None where there is none."""
         return self._allocated.get(address)

@@ -12,7 +12,7 @@ from maia_rt.memory.address_space import AddressSpace, SpaceStatistics
 from maia_rt.memory.iova import IovaAllocator
 from maia_rt.memory.limits import check_memlock
 from maia_rt.memory.regions import DmaRegion
-from maia_rt.transport.protocol import Transport
+from maia_rt.transport.protocol import Access, DmaMemory, Transport
 
 GRANULE = 64
 """Every block is a multiple of a cache line, so no two blocks share one."""
@@ -100,6 +100,7 @@ class PinnedPool:
         self._iovas = IovaAllocator(transport.iova_ranges, transport.page_sizes, address_bits=address_bits)
         self._lock = threading.RLock()
         self._mapped: list[_MappedRegion] = []
+        self._others: dict[int, int] = {}
         self._closed = False
 
     def allocate(self, size: int, alignment: int = GRANULE) -> PinnedBlock:
@@ -161,6 +162,40 @@ class PinnedPool:
                     return mapped.region.view()[start:start + size]
         return None
 
+    def map(self, memory: DmaMemory, access: Access = Access.READ | Access.WRITE) -> int:
+        """Let the device reach memory that is not the pool's; return its iova. It ends with :meth:`unmap`.
+
+        Raises
+        ------
+        MemlockLimit
+            It may not be pinned, or the device has no mapping left.
+        TransportError
+            The kernel or the server refused.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self._transport.name}: the pool has been closed")
+            if self._transport.needs_pinning:
+                check_memlock(memory.size)
+            iova = self._iovas.allocate(memory.size)
+            try:
+                self._transport.dma_map(iova, memory, access)
+            except BaseException:
+                self._iovas.free(iova)
+                raise
+            self._others[iova] = memory.size
+            return iova
+
+    def unmap(self, iova: int) -> None:
+        """Take back what :meth:`map` gave; idempotent. The device no longer reaches the memory when this returns."""
+        with self._lock:
+            size = self._others.get(iova)
+            if size is None:
+                return
+            self._transport.dma_unmap(iova, size)
+            del self._others[iova]
+            self._iovas.free(iova)
+
     def trim(self) -> int:
         """Unmap the regions that are wholly free; return how many bytes they had."""
         freed = 0
@@ -190,6 +225,10 @@ class PinnedPool:
         """
         with self._lock:
             self._closed = True
+            while self._others:
+                iova, size = self._others.popitem()
+                with contextlib.suppress(MaiaError):
+                    self._transport.dma_unmap(iova, size)
             while self._mapped:
                 mapped = self._mapped.pop()
                 # Where the device is gone or refuses, closing the transport takes the mapping away for good.

@@ -12,33 +12,39 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from maia_rt._fast.ring import Account
 from maia_rt.contract.program import Image
-from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError, OutOfMemory
+from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError
 from maia_rt.firmware import Capabilities, Firmware, Identity
-from maia_rt.memory import DeviceHeap, PinnedBlock, PinnedPool, SpaceStatistics
+from maia_rt.memory import PinnedPool, Space, SpaceStatistics
 from maia_rt.observe import live
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
-from maia_rt.runtime import check
+from maia_rt.runtime import allocation, check
 from maia_rt.runtime.addresses import AddressBook
-from maia_rt.runtime.buffer import Buffer, HostBuffer, Shape, measure
+from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
+from maia_rt.runtime.host_buffer import HostBuffer
+from maia_rt.runtime.in_use import Reader, Use, find_use
+from maia_rt.runtime.message_service import MessageService
 from maia_rt.runtime.pinned import PinnedRanges
+from maia_rt.runtime.pool import MemoryPool
 from maia_rt.runtime.program import Program
 from maia_rt.runtime.queues import QueueTable
 from maia_rt.runtime.reclaim import Reclaimer
+from maia_rt.runtime.spaces import DeviceSpaces
 from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
 from maia_rt.runtime.validation import Validator
 from maia_rt.transport import Transport
 
-_HEAP_ALIGNMENT = 256
+_POOL_KEEPS = 64 << 20
 _CLOSE_SECONDS = 2.0
 
 
@@ -75,6 +81,10 @@ class Device:
         self._numbers = itertools.count(1)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._memories: weakref.WeakSet[Buffer | HostBuffer] = weakref.WeakSet()
+        self._pools: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
+        self._default_pool: MemoryPool | None = None
+        self._list_readers: list[Reader] = []
+        self._message_service = MessageService(transport)
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
@@ -94,7 +104,9 @@ class Device:
 
     def _forget_contents(self) -> None:
         capabilities = self._firmware.capabilities
-        self._heap = DeviceHeap(capabilities.hbm_base, capabilities.hbm_bytes, granule=_HEAP_ALIGNMENT)
+        self._spaces = DeviceSpaces(capabilities)
+        for pool in list(self._pools):
+            pool._forget()
         count = min(capabilities.max_queues, len(self._firmware.vectors) - 1)
         if self._max_queues is not None:
             count = min(count, self._max_queues)
@@ -153,11 +165,11 @@ class Device:
         self._require_open()
         return examine(self)
 
-    def memory(self) -> SpaceStatistics:
-        """Return how full the device memory is, in bytes."""
+    def memory(self, space: Space | None = None) -> SpaceStatistics:
+        """Return how full the device memory is, or the SRAM of a cluster or tile; in bytes."""
         self._require_open()
         self._reclaimer.collect()
-        return self._heap.statistics()
+        return self._spaces.statistics(Space.hbm() if space is None else check.instance(space, Space, "space"))
 
     # --- what it makes -----------------------------------------------------------------------------------------------
 
@@ -216,8 +228,9 @@ class Device:
         """
         return Event(self, timing)
 
-    def allocate(self, shape: Shape, dtype: npt.DTypeLike | None = None, *, alignment: int = 256) -> Buffer:
-        """Allocate device memory. Its contents are undefined.
+    def allocate(self, shape: Shape, dtype: npt.DTypeLike | None = None, *, alignment: int = 256,
+                 space: Space | None = None) -> Buffer:
+        """Allocate memory of the device. Its contents are undefined.
 
         Parameters
         ----------
@@ -226,28 +239,19 @@ class Device:
         dtype : dtype-like, optional
             A launch checks it, and the shape, against what the kernel declares.
         alignment : int
-            Of the device address, a power of two.
+            Of the device address, a power of two; in SRAM at most 4,096.
+        space : Space, optional
+            ``Space.cluster(i)`` or ``Space.tile(i)``: the SRAM of a cluster or tile. By default HBM. A tile's SRAM is
+            given out from its end, for kernels use it from its start; a launch that would reach what is allocated is
+            refused.
 
         Raises
         ------
         OutOfMemory
-            The text says how much is free. Buffers that were closed but are still in use have been waited for.
+            The text says how much is free, and which buffers are the largest. Buffers that were closed but are still
+            in use have been waited for.
         """
-        self._require_open()
-        kind, dims, nbytes = measure(shape, dtype)
-        self._reclaimer.collect()
-        try:
-            address = self._heap.allocate(max(nbytes, 1), alignment)
-        except OutOfMemory:
-            # What was closed while commands used it comes back when they are done.
-            for queue in self._queues:
-                with contextlib.suppress(MaiaError):
-                    queue.wait(queue.ring.head)
-            self._reclaimer.collect()
-            address = self._heap.allocate(max(nbytes, 1), alignment)
-        buffer = Buffer(self, address, nbytes, kind, dims, None)
-        self._memories.add(buffer)
-        return buffer
+        return allocation.allocate(self, shape, dtype, alignment, space)
 
     def allocate_host(self, shape: Shape, dtype: npt.DTypeLike | None = None) -> HostBuffer:
         """Allocate pinned host memory, which the device reaches by itself. Its contents are undefined.
@@ -261,14 +265,60 @@ class Device:
         ------
         OutOfMemory, MemlockLimit
         """
+        return allocation.allocate_host(self, shape, dtype)
+
+    def register(self, array: Any) -> HostBuffer:
+        """Pin an array that is there already, so that the device reaches it by itself.
+
+        Parameters
+        ----------
+        array : ndarray, or another object with a buffer
+            Contiguous. It is kept until the buffer is closed. One that is read-only the device can only read.
+
+        Returns
+        -------
+        HostBuffer
+            Of its dtype and shape; close it to unpin the array.
+
+        Notes
+        -----
+        The kernel's VFIO maps the array's pages themselves. Over a vfio-user socket they have no file to be shared
+        by, so the device reads and writes them by messages to this process, which a thread answers: that works, and is
+        many times slower than :meth:`allocate_host`.
+
+        Raises
+        ------
+        MemlockLimit
+            RLIMIT_MEMLOCK is too low for it, or the device has no mapping left.
+        InvalidArgument
+            It is not contiguous, or overlaps memory that is pinned already.
+        InvalidType, TransportError
+        """
+        return allocation.register(self, array)
+
+    def create_pool(self, *, max_bytes: int | None = None, release_threshold: int = 0) -> MemoryPool:
+        """Create a pool for :meth:`maia_rt.Stream.allocate`.
+
+        Parameters
+        ----------
+        max_bytes : int, optional
+            How much device memory it takes at most. Beyond that: OutOfMemory, naming the largest buffers.
+        release_threshold : int
+            How much it keeps when its buffers are freed, in bytes.
+        """
         self._require_open()
-        kind, dims, nbytes = measure(shape, dtype)
-        self._reclaimer.collect()
-        block = self._pool.allocate(max(nbytes, 1))
-        buffer = HostBuffer._pin(self, block, nbytes, kind, dims)
-        self._pinned.add(block.address, nbytes, block.iova)
-        self._memories.add(buffer)
-        return buffer
+        pool = MemoryPool(self, None if max_bytes is None else check.integer(max_bytes, "max_bytes", 1, 1 << 62),
+                          check.integer(release_threshold, "release_threshold", 0, 1 << 62))
+        self._pools.add(pool)
+        return pool
+
+    @property
+    def default_pool(self) -> MemoryPool:
+        """The pool of :meth:`maia_rt.Stream.allocate` that is told no other: without a limit."""
+        with self._lock:
+            if self._default_pool is None or self._default_pool.closed:
+                self._default_pool = self.create_pool(release_threshold=_POOL_KEEPS)
+            return self._default_pool
 
     def upload(self, array: npt.ArrayLike, stream: Stream | None = None) -> Buffer:
         """Allocate device memory of an array's dtype and shape and copy the array there.
@@ -283,7 +333,7 @@ class Device:
             if stream is None:
                 used.synchronize()
         except BaseException:
-            buffer.close()
+            buffer._hand_over()
             raise
         return buffer
 
@@ -375,7 +425,7 @@ class Device:
             program._closed = True
         for memory in list(self._memories):
             if not (keep_host and isinstance(memory, HostBuffer)):
-                memory.close()
+                memory._hand_over()
         self._reclaimer.close()
 
     def __enter__(self) -> Device:
@@ -423,27 +473,14 @@ class Device:
 
         self._reclaimer.abandon(end)
 
-    def _give_up(self, address: int) -> None:
-        heap = self._heap
-        if not self._forked:
-            self._reclaimer.give_up(lambda: heap.free(address))
+    def _find_use(self, start: int, end: int) -> Use | None:
+        return find_use(list(self._queues), start, end, self._pool.find, self._list_readers)
 
-    def _abandon(self, address: int) -> None:
-        heap = self._heap
-        self._reclaimer.abandon(lambda: heap.free(address))
+    def _find_root(self, address: int) -> Memory | None:
+        return allocation.find_root(self, address)
 
-    def _give_up_host(self, block: PinnedBlock, memory: npt.NDArray[np.uint8]) -> None:
-        if not self._forked:
-            self._pinned.remove(block.address)
-            # The block goes back with the last array over it; this keeps one until the device is done.
-            self._reclaimer.give_up(lambda: memory)
-
-    def _abandon_host(self, block: PinnedBlock, memory: npt.NDArray[np.uint8]) -> None:
-        def end() -> npt.NDArray[np.uint8]:
-            self._pinned.remove(block.address)
-            return memory
-
-        self._reclaimer.abandon(end)
+    def _map_hbm(self, address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        return allocation.map_hbm(self, address, nbytes)
 
     def _unload(self, first: int) -> None:
         if not self._forked:
@@ -453,11 +490,11 @@ class Device:
         self._reclaimer.abandon(self._unloader(first))
 
     def _unloader(self, first: int) -> Callable[[], None]:
-        heap = self._heap
+        spaces = self._spaces
 
         def unload() -> None:
             # After a close or reset of the device there is nothing to unload.
-            if self._running and self._heap is heap:
+            if self._running and self._spaces is spaces:
                 with contextlib.suppress(MaiaError):
                     self._firmware.unload_program(first)
 

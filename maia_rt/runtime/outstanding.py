@@ -72,13 +72,14 @@ def take(device: Device) -> dict[int, Outstanding]:
     found = {}
     for number, queue in sorted((queue.id, queue) for queue in device._queues):
         try:
-            found[number] = _look(queue, tuple(sorted(streams.get(number, ()))))
+            found[number] = look(queue, tuple(sorted(streams.get(number, ()))))
         except MaiaError:
             continue  # it was closed meanwhile
     return found
 
 
-def _look(queue: QueuePair, streams: tuple[str, ...]) -> Outstanding:
+def look(queue: QueuePair, streams: tuple[str, ...] = ()) -> Outstanding:
+    """Look at one queue; MaiaError where it has been closed."""
     ring = queue.ring
     state, fault, failed = ring.state
     progress, head = ring.poll(), ring.head

@@ -20,6 +20,12 @@ class PinnedRanges:
             bisect.insort(self._starts, start)
             self._ranges[start] = (start + size, address)
 
+    def overlaps(self, start: int, size: int) -> bool:
+        """Say whether one of `size` bytes at host address `start` is in a range."""
+        with self._lock:
+            at = bisect.bisect_left(self._starts, start + size)
+            return at > 0 and self._ranges[self._starts[at - 1]][0] > start
+
     def remove(self, start: int) -> None:
         """Remove the range that starts at host address `start`."""
         with self._lock:

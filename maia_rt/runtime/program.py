@@ -44,6 +44,11 @@ class Kernel:
         return self._image.macs
 
     @property
+    def sram_bytes(self) -> int:
+        """How much of each tile's SRAM it uses, from the first byte on."""
+        return self._image.sram_bytes
+
+    @property
     def handle(self) -> int:
         """The device's number for it.
 
@@ -84,7 +89,8 @@ class Kernel:
                                   hint="allocate device memory and copy the data there")
             root = arg._root
             if root._closed:
-                raise ClosedError(f"{check.where(self)} has been closed")
+                at = f", at {root._freed}" if root._freed else ""
+                raise ClosedError(f"{check.where(self)} has been closed{at}")
             if root.device is not self.program.device:
                 raise InvalidArgument(f"{check.where(self)} belongs to another device")
             if arg.dtype is None:
@@ -94,6 +100,12 @@ class Kernel:
                 raise InvalidArgument(
                     f"{check.where(self)} is {arg.dtype} {arg.shape}, not {check.dtype} {check.shape}",
                     hint="pass memory of that dtype and shape, or a view of it without a dtype")
+            if arg._strides is not None:
+                raise InvalidArgument(f"{check.where(self)} is a strided view {arg.shape} with strides {arg._strides}; "
+                                      "kernels take memory whose elements lie side by side",
+                                      hint="copy it to a buffer of its own with stream.copy, and pass that")
+            if check.writes and arg.readonly:
+                raise InvalidArgument(f"{check.where(self)} is read-only, and the kernel writes it")
             if arg._address & check.misaligned:
                 raise InvalidArgument(f"{check.where(self)} is at {arg._address:#x}, not a multiple of "
                                       f"{check.misaligned + 1}")
@@ -115,11 +127,12 @@ class Kernel:
 class _Check:
     """What one argument must be, looked up once."""
 
-    __slots__ = ("dtype", "misaligned", "name", "nbytes", "scalar", "shape")
+    __slots__ = ("dtype", "misaligned", "name", "nbytes", "scalar", "shape", "writes")
 
     def __init__(self, arg: Arg) -> None:
         self.name = arg.name
         self.scalar = arg.kind == ArgKind.SCALAR
+        self.writes = arg.kind in (ArgKind.OUT, ArgKind.INOUT)
         self.nbytes = arg.nbytes
         self.shape = arg.shape
         self.dtype = NUMPY_DTYPES[arg.dtype]

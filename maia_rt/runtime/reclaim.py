@@ -5,8 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
+from maia_rt.errors import MaiaError
 from maia_rt.queue import QueuePair
+
+if TYPE_CHECKING:
+    from maia_rt.runtime.event import Event
 
 
 class Reclaimer:
@@ -26,6 +31,7 @@ class Reclaimer:
         self._lock = threading.RLock()
         self._abandoned: deque[Callable[[], object]] = deque()
         self._pending: deque[tuple[list[tuple[QueuePair, int]], Callable[[], object]]] = deque()
+        self._after: deque[tuple[Event, Callable[[], object]]] = deque()
 
     def abandon(self, free: Callable[[], object]) -> None:
         """Take something over for a finalizer: nothing but an append happens here."""
@@ -34,6 +40,11 @@ class Reclaimer:
     def give_up(self, free: Callable[[], object]) -> None:
         """Call `free` once the device is done with what has been submitted so far: now, or in a later call."""
         self.abandon(free)
+        self.collect()
+
+    def give_up_after(self, event: Event, free: Callable[[], object]) -> None:
+        """Call `free` once an event is done, whatever became of the commands before it."""
+        self._after.append((event, free))
         self.collect()
 
     def collect(self) -> None:
@@ -49,11 +60,27 @@ class Reclaimer:
                     free()
                 else:
                     self._pending.append((marks, free))
+            for _ in range(len(self._after)):
+                event, free = self._after.popleft()
+                if passed(event):
+                    free()
+                else:
+                    self._after.append((event, free))
 
     def close(self) -> None:
         """Free everything: the device no longer runs."""
         with self._lock:
             while self._pending:
                 self._pending.popleft()[1]()
+            while self._after:
+                self._after.popleft()[1]()
             while self._abandoned:
                 self._abandoned.popleft()()
+
+
+def passed(event: Event) -> bool:
+    """Say whether the device is done with everything before an event, whatever became of it."""
+    try:
+        return event.query()
+    except MaiaError:
+        return True  # a command before it failed, or its queue is gone: nothing of it runs any more

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-from maia_rt._fast.host_memory import HostMemory
 from maia_rt.memory import PinnedBlock
 from maia_rt.queue import QueuePair
 
@@ -14,13 +13,23 @@ CHUNK_BYTES: Final = 256 << 10
 """A chunk fits into a core's cache, so its second copy does not go to memory again."""
 
 
+_WORD_BYTES: Final = 64
+
+
+class Target(Protocol):
+    """Where staged bytes go."""
+
+    def copy_from(self, address: int, start: int, size: int, /) -> None:
+        """Take `size` bytes from an address in this process; `start` is where they go."""
+
+
 class _Piece(NamedTuple):
     end: int
     address: int
     size: int
     queue: QueuePair
     sequence: int
-    target: HostMemory | None
+    target: Target | None
     start: int
 
 
@@ -40,7 +49,7 @@ class Staging:
     def __init__(self, block: PinnedBlock, timeout: float) -> None:
         self._timeout = timeout
         self._block = block
-        self._size = block.size
+        self._size = block.size - _WORD_BYTES
         self._head = self._tail = self._end = self._at = self._taken = 0
         self._used: deque[_Piece] = deque()
 
@@ -62,7 +71,7 @@ class Staging:
         self._taken = size
         return self._block.iova + self._at, self._block.address + self._at
 
-    def use(self, mark: tuple[QueuePair, int], target: HostMemory | None = None, start: int = 0) -> None:
+    def use(self, mark: tuple[QueuePair, int], target: Target | None = None, start: int = 0) -> None:
         """Say up to which command of which queue the stream uses the piece just taken.
 
         And to where in `target` its contents go when that is done.
@@ -78,6 +87,15 @@ class Staging:
     def forget_targets(self) -> None:
         """Leave the targets alone: the copy that named them has failed."""
         self._used = deque(piece._replace(target=None) for piece in self._used)
+
+    @property
+    def word(self) -> int:
+        """The device address of a word that is the stream's own, for checksums."""
+        return self._block.iova + self._size
+
+    def read_word(self) -> int:
+        """Return what the word holds."""
+        return int.from_bytes(self._block.view()[self._size:self._size + 4], "little")
 
     def reset(self) -> None:
         """Take everything back: the queue has been reset."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy.typing as npt
 
 from maia_rt._fast.lane import Lane
 from maia_rt._fast.ring import Account
@@ -15,9 +18,10 @@ from maia_rt.contract.commands import Opcode, WaitOp
 from maia_rt.errors import ClosedError, DeviceFault, FaultCode, InvalidArgument, InvalidType, MaiaError
 from maia_rt.loss import LostCommand
 from maia_rt.queue import FAILED, QueuePair
-from maia_rt.runtime.buffer import Memory
-from maia_rt.runtime.copy import CopyPath, copy
+from maia_rt.runtime.buffer import Buffer, Memory, Shape
+from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
 from maia_rt.runtime.event import Event
+from maia_rt.runtime.pool import MemoryPool, allocate, free
 from maia_rt.runtime.program import Kernel
 from maia_rt.runtime.queues import CLOSED, Claim
 from maia_rt.runtime.staging import Staging
@@ -84,13 +88,17 @@ class Stream(Lane):
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def copy(self, dst: Any, src: Any) -> CopyPath:
+    def copy(self, dst: Any, src: Any, *, checksum: bool = False) -> CopyPath:
         """Copy all of `src` to `dst`: between host and device, or on the device, of any size and alignment.
 
         Parameters
         ----------
-        dst, src : Buffer, HostBuffer, or an object with a contiguous buffer such as an array
-            Of the same number of bytes; at least one of them memory of this device. Dtypes are not converted.
+        dst, src : Buffer, HostBuffer, array, or another object with a buffer or with DLPack on the CPU
+            Of the same number of bytes; at least one of them memory of this device. Where one is strided, of the same
+            shape and element size. Dtypes are not converted.
+        checksum : bool
+            Compare the CRC-32 of what arrived with that of the source. A difference is a fault: CHECKSUM. Both ends are
+            contiguous.
 
         Returns
         -------
@@ -106,12 +114,15 @@ class Stream(Lane):
         Raises
         ------
         InvalidArgument
-            The sizes differ, memory is not contiguous or belongs to another device, or `dst` is read-only.
+            The sizes or shapes differ, memory belongs to another device, or `dst` is read-only.
         InvalidType
             One of them is no memory, or neither is on this device.
         ClosedError, QueueFull, DeviceFault, DeviceLost, DeviceTimeout
         """
-        return copy(self, dst, src)
+        if self._capture is not None:
+            captured: CopyPath = self._capture.copy(dst, src, checksum=checksum)
+            return captured
+        return copy(self, dst, src, checksum)
 
     def fill(self, dst: Memory, value: int, width: int = 1) -> None:
         """Fill memory with the low `width` bytes of `value`, again and again.
@@ -126,6 +137,7 @@ class Stream(Lane):
         if width not in _WIDTHS:
             raise InvalidArgument(f"a pattern has 1, 2 or 4 bytes, not {width}")
         self._require_own(dst, "dst")
+        require_plain(dst, "dst")
         if dst.nbytes % width or dst.address % width:
             raise InvalidArgument(f"{dst.nbytes} bytes at {dst.address:#x} are not aligned to the pattern's {width}")
         if not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
@@ -135,6 +147,80 @@ class Stream(Lane):
                 self.device._validator.command(self, "fill", writes=[(dst.address, dst.nbytes, dst)])
             pattern = value & (1 << 8 * width) - 1
             self._submit(_FILL, payload=(dst.address, dst.nbytes, pattern | width << 32))
+
+    def multicast(self, dsts: Sequence[Memory], src: Memory) -> int:
+        """Copy `src` to each of several destinations, in as few commands as can be.
+
+        Made for the SRAM of tiles and clusters: equal buffers of evenly spaced tiles take one command,
+        which reads the source once for each.
+
+        Parameters
+        ----------
+        dsts : sequence of Buffer or HostBuffer
+            Each of as many bytes as `src`, contiguous.
+        src : Buffer or HostBuffer
+            Contiguous.
+
+        Returns
+        -------
+        int
+            How many commands it took.
+
+        Raises
+        ------
+        InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
+        """
+        if self._capture is not None:
+            return int(self._capture.multicast(dsts, src))
+        return multicast(self, dsts, src)
+
+    def allocate(self, shape: Shape, dtype: npt.DTypeLike | None = None, *, pool: MemoryPool | None = None) -> Buffer:
+        """Allocate device memory in the stream's order: nothing waits, and memory the stream freed is there at once.
+
+        The commands submitted to this stream from here on may use it; other streams wait for an event first.
+
+        Parameters
+        ----------
+        shape, dtype
+            As for :meth:`maia_rt.Device.allocate`.
+        pool : MemoryPool, optional
+            Where from; the device's default pool otherwise.
+
+        Returns
+        -------
+        Buffer
+            Free it with :meth:`free`, or close it.
+
+        Raises
+        ------
+        OutOfMemory
+            The text names the pool's largest buffers, and where they were allocated.
+        """
+        if self._capture is not None:
+            made: Buffer = self._capture.allocate(shape, dtype, pool=pool)
+            return made
+        return allocate(self, shape, dtype, pool)
+
+    def free(self, memory: Memory) -> None:
+        """Give memory back in the stream's order: after the commands submitted so far, without waiting for them.
+
+        From here on the buffer is closed: a use of it raises ClosedError, which says where it was freed.
+
+        Parameters
+        ----------
+        memory : Buffer or HostBuffer
+            From :meth:`allocate` or from the device. Other streams are done with it, or this one waits for them.
+
+        Raises
+        ------
+        ClosedError
+            It was freed before; the text says where.
+        InvalidArgument, InvalidType
+        """
+        if self._capture is not None:
+            self._capture.free(memory)
+            return
+        free(self, memory)
 
     def launch(self, kernel: Kernel, *args: Any, clusters: int = 0) -> None:
         """Launch a kernel.
@@ -155,6 +241,8 @@ class Stream(Lane):
         QueueFull, DeviceFault, DeviceLost
         """
         words = kernel.encode(args)
+        if self.device._spaces.tiles:
+            self.device._spaces.check_launch(kernel, clusters)
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
         if self.device._validator is not None:

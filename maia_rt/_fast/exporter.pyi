@@ -1,0 +1,6 @@
+from typing import Any
+
+class BufferExporter:
+    @property
+    def array(self) -> Any: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
