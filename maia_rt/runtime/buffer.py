@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 Shape = int | tuple[int, ...]
+CLOSE_SECONDS: Final = 0.2
+"""How long closing memory waits for commands that use it: time for what is under way, none for what waits itself."""
 M = TypeVar("M", bound="Memory")
 
 
@@ -162,6 +164,8 @@ class Memory(abc.ABC):
     def close(self) -> None:
         """Give the memory back; idempotent. A view does not close its buffer.
 
+        Commands that use it and are about to end are waited for, a fifth of a second at most.
+
         Raises
         ------
         BufferInUse
@@ -174,7 +178,7 @@ class Memory(abc.ABC):
             self._hand_over()
 
     def _refuse_in_use(self) -> None:
-        use = self.device._find_use(self._address, self._address + max(self.nbytes, 1))
+        use = self.device._find_use(self._address, self._address + max(self.nbytes, 1), CLOSE_SECONDS)
         if use is not None:
             raise BufferInUse(f"{self!r} cannot be closed: {use} still uses it", cause="the command is not done",
                               hint="synchronize the stream first, or free the buffer with stream.free(buffer)")

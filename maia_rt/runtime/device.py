@@ -31,7 +31,7 @@ from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
 from maia_rt.runtime.host_buffer import HostBuffer
-from maia_rt.runtime.in_use import Reader, Use, find_use
+from maia_rt.runtime.in_use import Reader, Use, find_use, wait_for_use
 from maia_rt.runtime.message_service import MessageService
 from maia_rt.runtime.pinned import PinnedRanges
 from maia_rt.runtime.pool import MemoryPool
@@ -473,8 +473,9 @@ class Device:
 
         self._reclaimer.abandon(end)
 
-    def _find_use(self, start: int, end: int) -> Use | None:
-        return find_use(list(self._queues), start, end, self._pool.find, self._list_readers)
+    def _find_use(self, start: int, end: int, seconds: float = 0) -> Use | None:
+        return wait_for_use(lambda: find_use(list(self._queues), start, end, self._pool.find, self._list_readers),
+                            seconds)
 
     def _find_root(self, address: int) -> Memory | None:
         return allocation.find_root(self, address)

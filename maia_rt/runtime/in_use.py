@@ -6,6 +6,8 @@ point at in pinned memory, say all that the device will touch. A list that lies 
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -78,6 +80,18 @@ def find_use(queues: Iterable[QueuePair], start: int, end: int, find: Find, list
                         break
                     return Use(found, sequence)
     return None
+
+
+def wait_for_use(look_again: Callable[[], Use | None], seconds: float) -> Use | None:
+    """Wait until nothing is in use, `seconds` at most; return what still is."""
+    deadline = time.monotonic() + seconds
+    while True:
+        use = look_again()
+        left = deadline - time.monotonic()
+        if use is None or left <= 0:
+            return use
+        with contextlib.suppress(MaiaError):
+            use.queue.ring.wait(use.sequence, int(left * 1e9))
 
 
 def _ranges(command: Any, find: Find, readers: list[Reader]) -> Iterator[Range]:

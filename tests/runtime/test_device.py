@@ -63,11 +63,11 @@ def test_device_memory_runs_out_and_comes_back(device):
         pass
 
 
-def test_memory_closed_while_commands_use_it_is_not_handed_out_before_they_are_done(device, stream):
+def test_memory_freed_while_commands_use_it_is_not_handed_out_before_they_are_done(device, stream):
     whole = device.capabilities.hbm_bytes
     buffer = device.allocate(whole)
     stream.fill(buffer[: 1 << 20], 1)
-    buffer.close()
+    stream.free(buffer)
     with device.allocate(whole) as again:
         assert stream.query()
         assert again.nbytes == whole
