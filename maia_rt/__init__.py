@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.host_buffer import HostBuffer
     from maia_rt.runtime.pool import MemoryPool, PoolStatistics
     from maia_rt.runtime.program import Kernel, Program
+    from maia_rt.runtime.semaphore import Semaphore
     from maia_rt.runtime.stream import Stream, StreamStatistics
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryPool",
     "PoolStatistics",
     "Program",
+    "Semaphore",
     "Space",
     "Stream",
     "StreamStatistics",
@@ -50,10 +52,10 @@ __all__ = [
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
 _HOMES = {
     "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
-    "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang",
-    "HostBuffer": "host_buffer", "Kernel": "program", "LostCommand": "stream", "Program": "program",
-    "Stream": "stream", "StreamStatistics": "stream", "devices": "discovery", "open": "discovery",
-    "MemoryPool": "pool", "PoolStatistics": "pool", "Space": "spaces", "from_dlpack": "dlpack",
+    "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang", "HostBuffer": "host_buffer",
+    "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
+    "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
+    "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
 }
 
 

@@ -152,6 +152,10 @@ class OutOfQueues(ResourceExhausted):
     """Every hardware queue is in use."""
 
 
+class OutOfSemaphores(ResourceExhausted):
+    """Every semaphore that is not a queue's mirror is in use."""
+
+
 class QueueFull(ResourceExhausted):
     """The ring stayed full until the deadline."""
 

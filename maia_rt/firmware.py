@@ -30,6 +30,7 @@ from maia_rt.contract.commands import (
     Feature,
     Log,
     Opcode,
+    PostOp,
 )
 from maia_rt.contract.registers import BAR0, Bar0, BootState
 from maia_rt.errors import (
@@ -395,6 +396,10 @@ class Firmware:
         if self._semaphores is None or index >= len(self._semaphores):
             raise InvalidArgument(f"{self._transport.name}: there is no semaphore {index}")
         return int(self._semaphores[index])
+
+    def post_semaphore(self, index: int, op: PostOp, value: int) -> None:
+        """Set a semaphore or add to it, with effect at once: whoever waits for it goes on."""
+        self._transport.write(PciRegion.BAR0, Bar0.SEMAPHORE_OP, 8, index | op << 16 | value << 32)
 
     # --- end ---------------------------------------------------------------------------------------------------------
 

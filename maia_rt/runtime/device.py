@@ -38,6 +38,7 @@ from maia_rt.runtime.pool import MemoryPool
 from maia_rt.runtime.program import Program
 from maia_rt.runtime.queues import QueueTable
 from maia_rt.runtime.reclaim import Reclaimer
+from maia_rt.runtime.semaphore import Semaphore, SemaphorePool
 from maia_rt.runtime.spaces import DeviceSpaces
 from maia_rt.runtime.staging import Staging
 from maia_rt.runtime.stream import Stream
@@ -86,6 +87,7 @@ class Device:
         self._list_readers: list[Reader] = []
         self._message_service = MessageService(transport)
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
+        self._semaphores: weakref.WeakSet[Semaphore] = weakref.WeakSet()
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
         self._addresses = AddressBook(self._memories)
@@ -110,6 +112,7 @@ class Device:
         count = min(capabilities.max_queues, len(self._firmware.vectors) - 1)
         if self._max_queues is not None:
             count = min(count, self._max_queues)
+        self._free_semaphores = SemaphorePool(capabilities.max_queues, capabilities.semaphores, self.name)
         # MAIA_FIRST_INDEX lets tests pass 2^32 at once.
         self._queues = QueueTable(self._make_queue, count, self.name, int(os.environ.get("MAIA_FIRST_INDEX", "0")))
 
@@ -173,12 +176,17 @@ class Device:
 
     # --- what it makes -----------------------------------------------------------------------------------------------
 
-    def create_stream(self, *, entries: int = 1024, timeout: float | None = None,
-                      first_index: int | None = None) -> Stream:
+    def create_stream(self, *, priority: int = 0, clusters: int = 0, entries: int = 1024,
+                      timeout: float | None = None, first_index: int | None = None) -> Stream:
         """Create a stream.
 
         Parameters
         ----------
+        priority : int
+            0 to ``capabilities.priorities`` - 1, larger is more urgent: its commands start first, and its launches take
+            free tiles first. What runs is not interrupted.
+        clusters : int
+            A mask of the clusters that its launches may run on; 0 is all.
         entries : int
             Commands that may be outstanding, a power of two within the device's limits. A stream that is full makes
             the program wait. One that shares a queue shares the queue's entries.
@@ -196,17 +204,20 @@ class Device:
         capabilities = self.capabilities
         # The report ring is twice as long as the command ring, under the same limit.
         least, most = 1 << capabilities.min_entries_log2, 1 << capabilities.max_entries_log2 - 1
-        if not least <= entries <= most or entries & (entries - 1):
+        entries = check.integer(entries, "a stream's length, a power of two of entries,", least, most)
+        if entries & (entries - 1):
             raise InvalidArgument(f"{self.name}: a stream has a power of two of entries from {least} to {most}, "
                                   f"not {entries}")
+        priority = check.integer(priority, "a priority", 0, capabilities.priorities - 1)
+        clusters = check.integer(clusters, "a mask of clusters", 0, (1 << capabilities.clusters) - 1)
         seconds = check.seconds(self.timeout if timeout is None else timeout)
         with self._lock:
             self._reclaimer.collect()
             number = next(self._numbers)
             account = Account(number, f"stream {number}")
-            queue = self._queues.join(account, entries, 0, first_index)
+            queue = self._queues.join(account, entries, priority, first_index)
             account.last = queue.ring.initial
-            stream = Stream(self, account, queue, seconds)
+            stream = Stream(self, account, queue, seconds, priority, clusters)
             self._streams.add(stream)
             return stream
 
@@ -227,6 +238,28 @@ class Device:
             Whether recording takes the device's time; ``end - start`` of two such events is in milliseconds.
         """
         return Event(self, timing)
+
+    def create_semaphore(self, initial: int = 0) -> Semaphore:
+        """Create a semaphore: a counter that streams and the program wait for and post to.
+
+        Parameters
+        ----------
+        initial : int
+            What it holds at first, 0 to 2^32 - 1.
+
+        Raises
+        ------
+        OutOfSemaphores
+        """
+        self._require_open()
+        initial = check.integer(initial, "a semaphore's value", 0, (1 << 32) - 1)
+        self._reclaimer.collect()
+        pool = self._free_semaphores
+        index = pool.take()
+        semaphore = Semaphore(self, index, lambda number: self._reclaimer.abandon(lambda: pool.give_back(number)))
+        semaphore.set(initial)
+        self._semaphores.add(semaphore)
+        return semaphore
 
     def allocate(self, shape: Shape, dtype: npt.DTypeLike | None = None, *, alignment: int = 256,
                  space: Space | None = None) -> Buffer:
@@ -360,6 +393,18 @@ class Device:
             with contextlib.suppress(ClosedError):
                 stream.synchronize(timeout)
 
+    def fence(self) -> None:
+        """Let what is submitted from here on, to any stream, start only when all that was submitted before is done.
+
+        The program goes on at once. Streams that stand still after a fault are left alone.
+        """
+        self._require_open()
+        streams = [stream for stream in self._open_streams() if not stream.failed]
+        marks = [stream.record() for stream in streams]
+        for stream in streams:
+            for mark in marks:
+                stream.wait(mark)
+
     def reset(self) -> None:
         """Reset the device and boot it again. Its streams, programs and buffers are closed; host buffers stay."""
         self._require_open()
@@ -423,6 +468,8 @@ class Device:
             stream._stopped()
         for program in list(self._programs):
             program._closed = True
+        for semaphore in list(self._semaphores):
+            semaphore._closed = True
         for memory in list(self._memories):
             if not (keep_host and isinstance(memory, HostBuffer)):
                 memory._hand_over()

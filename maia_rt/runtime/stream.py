@@ -8,28 +8,33 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy.typing as npt
 
 from maia_rt._fast.lane import Lane
 from maia_rt._fast.ring import Account
-from maia_rt.contract.commands import Opcode, WaitOp
-from maia_rt.errors import ClosedError, DeviceFault, FaultCode, InvalidArgument, InvalidType, MaiaError
+from maia_rt.contract.commands import Condition, Opcode, WaitOp
+from maia_rt.errors import ClosedError, DeviceFault, FaultCode, InvalidArgument, InvalidType, MaiaError, Unsupported
 from maia_rt.loss import LostCommand
 from maia_rt.queue import FAILED, QueuePair
+from maia_rt.runtime import check
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pool import MemoryPool, allocate, free
 from maia_rt.runtime.program import Kernel
 from maia_rt.runtime.queues import CLOSED, Claim
+from maia_rt.runtime.semaphore import MOST_ADDED, POSTS, WAITS, WORD, PostName, Semaphore, WaitName
 from maia_rt.runtime.staging import Staging
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
 
 _NOP, _FILL = int(Opcode.NOP), int(Opcode.FILL)
+_WAIT_VALUE, _WRITE_IMM = int(Opcode.WAIT_VALUE), int(Opcode.WRITE_IMM)
+ConditionName = Literal["ge", "eq", "ne", "and"]
+CONDITIONS: Final[dict[str, Condition]] = {name.lower(): Condition[name] for name in ("GE", "EQ", "NE", "AND")}
 _GE: Final = WaitOp.GE
 _WIDTHS: Final = (1, 2, 4)
 
@@ -68,6 +73,10 @@ class Stream(Lane):
         For texts, ``stream 7``.
     timeout : float
         How long submissions and waits have, in seconds, unless they are told otherwise.
+    priority : int
+        Larger is more urgent.
+    clusters : int
+        A mask of the clusters that launches may run on; 0 is all.
     """
 
     # A command's method, in this order (all that is public here and submits keeps to it):
@@ -78,10 +87,13 @@ class Stream(Lane):
     _capture: Any = None
     """What takes this stream's commands while it is captured into a graph."""
 
-    def __init__(self, device: Device, account: Account, queue: QueuePair, timeout: float) -> None:
+    def __init__(self, device: Device, account: Account, queue: QueuePair, timeout: float, priority: int = 0,
+                 clusters: int = 0) -> None:
         super().__init__(account, queue, int(timeout * 1e9))
         self.device = device
         self.timeout = timeout
+        self.priority = priority
+        self.clusters = clusters
         self._closed = False
         self._staging: Staging | None = None
         self._staging_lock = threading.RLock()
@@ -232,7 +244,7 @@ class Stream(Lane):
             As the kernel declares them: memory of its size, and of its dtype and shape where the memory has one; a
             number for a scalar.
         clusters : int
-            A mask of the clusters that may run it; 0 is all.
+            A mask of the clusters that may run it; 0 is those of the stream, and others must lie among these.
 
         Raises
         ------
@@ -241,10 +253,14 @@ class Stream(Lane):
         QueueFull, DeviceFault, DeviceLost
         """
         words = kernel.encode(args)
-        if self.device._spaces.tiles:
-            self.device._spaces.check_launch(kernel, clusters)
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
+        clusters = check.integer(clusters, "a mask of clusters", 0, (1 << self.device.capabilities.clusters) - 1)
+        if self.clusters and clusters & ~self.clusters:
+            raise InvalidArgument(f"clusters {clusters:#x} are not all among the stream's, {self.clusters:#x}")
+        clusters = clusters or self.clusters
+        if self.device._spaces.tiles:
+            self.device._spaces.check_launch(kernel, clusters)
         if self.device._validator is not None:
             self.device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
         self._launch(kernel.handle, clusters, words)
@@ -272,13 +288,41 @@ class Stream(Lane):
             self.device._validator.record(self, event)
         return event
 
-    def wait(self, event: Event) -> None:
-        """Let what is submitted from here on start only when `event` is done. The program goes on at once.
+    def wait(self, what: Event | Semaphore | Stream, value: int | None = None, *, op: WaitName = "ge") -> None:
+        """Let what is submitted from here on start only when something has happened. The program goes on at once.
 
-        The wait runs on the device. It is for the moment that was last recorded; an event never recorded is done. So is
-        one whose stream has stopped at a fault: that is told where the event or its stream is waited for.
+        The wait runs on the device.
+
+        Parameters
+        ----------
+        what : Event, Stream or Semaphore
+            An event: the moment that was last recorded; one never recorded is done. So is one whose stream has stopped
+            at a fault: that is told where the event or its stream is waited for. A stream: all that was submitted to it
+            so far. A semaphore: until it meets `value`, by whomever it is signalled, now or later.
+        value : int, optional
+            Of a semaphore, 0 to 2^32 - 1.
+        op : {'ge', 'eq', 'acquire'}
+            For a semaphore: until it is at least `value`, serially; equal to it; or at least `value`, which is then
+            subtracted, in one step.
+
+        Raises
+        ------
+        OutOfQueues
+            For a semaphore: nobody would be left to signal it, see :meth:`maia_rt.Device.create_stream`.
+        InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
         """
+        if self._capture is not None:
+            self._capture.wait(what, value, op=op)
+            return
         self._require_open()
+        if isinstance(what, Semaphore):
+            self._wait_for_semaphore(what, value, op)
+            return
+        if value is not None or op != "ge":
+            raise InvalidArgument("a value to wait for is a semaphore's; events and streams have none")
+        if isinstance(what, Stream):
+            what = what.record()
+        event = check.instance(what, Event, "what a stream waits for", "pass an event, a stream or a semaphore")
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
         if self.device._validator is not None:
@@ -289,8 +333,110 @@ class Stream(Lane):
         if queue is None or self._passes(queue, sequence) or queue.quiet(sequence):
             return
         # A queue's progress is also in the semaphore of its number.
-        self._submit(_NOP, pre=((queue.id, _GE, sequence & 0xFFFFFFFF),),
+        self._submit(_NOP, pre=((queue.id, _GE, sequence & WORD),),
                      unbounded=self.device._queues.waits_behind(queue, sequence))
+
+    def _wait_for_semaphore(self, semaphore: Semaphore, value: int | None, op: str) -> None:
+        self._require_semaphore(semaphore)
+        if op not in WAITS:
+            raise InvalidArgument(f"a stream waits for a semaphore with {', '.join(map(repr, WAITS))}, not {op!r:.40}")
+        if value is None:
+            raise InvalidArgument("a wait for a semaphore needs a value", hint="stream.wait(semaphore, 1)")
+        value = check.integer(value, "a semaphore's value", 0, WORD)
+        if self.device._validator is not None:
+            self.device._validator.block(self, semaphore.index, semaphore.name, WAITS[op], value)
+        self._submit(_NOP, pre=((semaphore.index, WAITS[op], value),), unbounded=True)
+
+    def signal(self, semaphore: Semaphore, value: int = 1, *, op: PostName = "add") -> None:
+        """Post to a semaphore when everything submitted so far is done.
+
+        Parameters
+        ----------
+        semaphore : Semaphore
+        value : int
+            What is added, 0 to 2^31 - 1, or with ``op='set'`` what it then holds, 0 to 2^32 - 1.
+        op : {'add', 'set'}
+
+        Raises
+        ------
+        InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
+        """
+        if self._capture is not None:
+            self._capture.signal(semaphore, value, op=op)
+            return
+        self._require_open()
+        self._require_semaphore(semaphore)
+        if op not in POSTS:
+            raise InvalidArgument(f"a stream posts to a semaphore with 'add' or 'set', not {op!r:.40}")
+        value = check.integer(value, "a semaphore's value", 0, MOST_ADDED if op == "add" else WORD)
+        if self.device._validator is not None:
+            self.device._validator.signal(self, semaphore.index, semaphore.name, POSTS[op], value)
+        self._submit(_NOP, post=((semaphore.index, POSTS[op], value),))
+
+    def wait_value(self, memory: Memory, value: int, *, condition: ConditionName = "ge", mask: int = WORD) -> None:
+        """Let what is submitted from here on start only when a word of memory meets a condition.
+
+        Whoever writes it: another stream, the program through pinned memory, a peer. The device looks again and again,
+        every 5 ms while it has nothing else to do.
+
+        Parameters
+        ----------
+        memory : Buffer or HostBuffer
+            Of which the first 4 bytes are looked at, a little-endian word at an address that is a multiple of 4.
+        value : int
+            0 to 2^32 - 1.
+        condition : {'ge', 'eq', 'ne', 'and'}
+            ``word & mask`` is at least `value`, serially; equal; not equal; or has a bit of `value` set.
+        mask : int
+            0 to 2^32 - 1.
+
+        Raises
+        ------
+        OutOfQueues
+            Nobody would be left to write it, see :meth:`maia_rt.Device.create_stream`.
+        Unsupported
+            The device's contract is older than 1.1.
+        InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
+        """
+        if self._capture is not None:
+            self._capture.wait_value(memory, value, condition=condition, mask=mask)
+            return
+        self._require_open()
+        address = self._word(memory)
+        if condition not in CONDITIONS:
+            raise InvalidArgument(f"a condition is one of {', '.join(map(repr, CONDITIONS))}, not {condition!r:.40}")
+        value = check.integer(value, "a word", 0, WORD)
+        mask = check.integer(mask, "a mask", 0, WORD)
+        if not self.device.capabilities.wait_value:
+            raise Unsupported(f"{self.device.name}: the device cannot wait for values in memory",
+                              hint="wait for a semaphore")
+        if self.device._validator is not None:
+            self.device._validator.command(self, "wait for a value")
+        self._submit(_WAIT_VALUE, payload=(address, value | mask << 32, CONDITIONS[condition]), unbounded=True)
+
+    def write_value(self, memory: Memory, value: int) -> None:
+        """Write a 32-bit word, little-endian, when everything submitted so far is done.
+
+        Parameters
+        ----------
+        memory : Buffer or HostBuffer
+            Of which the first 4 bytes are written, at an address that is a multiple of 4.
+        value : int
+            0 to 2^32 - 1.
+
+        Raises
+        ------
+        InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
+        """
+        if self._capture is not None:
+            self._capture.write_value(memory, value)
+            return
+        self._require_open()
+        address = self._word(memory)
+        value = check.integer(value, "a word", 0, WORD)
+        if self.device._validator is not None:
+            self.device._validator.command(self, "write of a value", writes=[(address, 4, memory)])
+        self._submit(_WRITE_IMM, units=4, payload=(address, value, 0))
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
@@ -331,6 +477,11 @@ class Stream(Lane):
         return True
 
     # --- failures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def failed(self) -> bool:
+        """Whether a command has failed and the stream stands still until :meth:`recover`."""
+        return bool(self._account.stopped & FAILED)
 
     def abort(self, event: Event | None = None) -> bool:
         """Have the device give up one command: the newest one before `event`, or what the stream is at.
@@ -508,6 +659,18 @@ class Stream(Lane):
             raise InvalidType(f"{what} is {type(memory).__name__}, not a Buffer or HostBuffer")
         if memory.device is not self.device:
             raise InvalidArgument(f"{what} belongs to another device")
+
+    def _require_semaphore(self, semaphore: Semaphore) -> None:
+        check.instance(semaphore, Semaphore, "a semaphore", "make one with device.create_semaphore()")
+        if semaphore.device is not self.device:
+            raise InvalidArgument(f"{semaphore.name} belongs to another device")
+        semaphore._require_open()
+
+    def _word(self, memory: Memory) -> int:
+        self._require_own(memory, "the word's memory")
+        if memory.nbytes < 4 or memory.address % 4:
+            raise InvalidArgument(f"a word has 4 bytes at a multiple of 4, not {memory.nbytes} at {memory.address:#x}")
+        return memory.address
 
     def _require_open(self) -> None:
         if self.closed:
