@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from maia_rt.contract.commands import COMMAND, Opcode, WaitOp, decode
+from maia_rt.contract.commands import COMMAND, LAUNCH, Opcode, WaitOp, decode
 from maia_rt.errors import FaultCode, MaiaError
 from maia_rt.observe import live
-from maia_rt.runtime.outstanding import Outstanding, Signaller, listed, lost_signal, signallers, take
+from maia_rt.runtime.outstanding import Outstanding, Signaller, signallers, take
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -58,8 +58,6 @@ class HangWait:
         The outstanding commands that post to it.
     by_program : bool
         Whether the program itself may signal it: it holds the semaphore, or has a callback to run.
-    lost : bool
-        Whether a command that would have signalled it was lost to a fault.
     """
 
     text: str
@@ -69,7 +67,6 @@ class HangWait:
     wanted: int | None = None
     signallers: tuple[Signaller, ...] = ()
     by_program: bool = False
-    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,10 +186,17 @@ def _link(device: Device, queues: dict[int, Outstanding], one: Outstanding) -> H
     if one.fault:
         fault = FaultCode(one.fault).name if one.fault in set(FaultCode) else str(one.fault)
         detail = f"the queue has stopped with {fault} until its stream recovers"
-    elif raw and raw[0] == Opcode.INDIRECT:
-        detail = f"a list of {len(listed(device, raw)) or 'some'} commands"
+    elif raw and raw[0] == Opcode.LAUNCH:
+        detail = _kernel(device, raw)
     return HangLink(one.queue.id, one.streams, "stopped" if one.fault else "waits" if waits else "runs", sequence,
                     max(one.head - one.progress, 1), decode(raw), one.where(sequence), waits, detail)
+
+
+def _kernel(device: Device, raw: bytes) -> str:
+    handle = int(np.frombuffer(raw, LAUNCH)[0]["kernel"])
+    names = [kernel.name for program in list(device._programs) for kernel in program.values()
+             if not program.closed and kernel.handle == handle]
+    return f"kernel {handle} is {names[0]}" if names else ""
 
 
 def _waits(device: Device, queues: dict[int, Outstanding], raw: bytes) -> Iterator[HangWait]:
@@ -247,11 +251,9 @@ def _semaphore_wait(device: Device, queues: dict[int, Outstanding], index: int, 
                  + (f", submitted at {post.where}" if post.where else ""))
     if len(posts) > 3:
         text += f"; so will {len(posts) - 3} more"
-    loss = "" if posts else lost_signal(device, index)
     if not posts:
-        text += f"; {loss or _NOBODY}"
-    return HangWait(text, tuple(dict.fromkeys(post.queue for post in posts)), index, value, wanted, posts,
-                    lost=bool(loss))
+        text += f"; {_NOBODY}"
+    return HangWait(text, tuple(dict.fromkeys(post.queue for post in posts)), index, value, wanted, posts)
 
 
 _SIGNS: Final[dict[int, str]] = {WaitOp.GE: ">=", WaitOp.EQ: "==", WaitOp.ACQUIRE: ">= (to take)"}
@@ -308,8 +310,7 @@ def _judge(links: dict[int, HangLink], queues: dict[int, Outstanding]) -> tuple[
     for link in stuck.values():
         for wait in link.waits:
             if not wait.queues and not wait.by_program:
-                verdict = HangVerdict.FAULT if wait.lost else HangVerdict.UNSIGNALLED
-                return verdict, f"queue {link.queue} {wait.text}", ()
+                return HangVerdict.UNSIGNALLED, f"queue {link.queue} {wait.text}", ()
     for link in stuck.values():
         for wait in link.waits:
             for queue in wait.queues:

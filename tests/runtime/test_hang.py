@@ -11,8 +11,9 @@ import pytest
 import maia_rt
 from maia_rt import HangVerdict
 from maia_rt.contract.commands import Opcode, PostOp, WaitOp
-from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout
+from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout, InvalidArgument
 from maia_rt.observe import live
+from maia_rt.runtime.hang import _kernel
 from tests.helpers.tiny_program import image as tiny_image
 
 FIRST = 1000
@@ -233,7 +234,41 @@ def test_the_process_answers_while_its_main_thread_waits(device, streams, releas
     assert [answer["verdict"] for answer in answers if answer["hangs"]] == ["unsignalled"]
 
 
-def test_a_launch_that_runs_is_no_hang(device, stream):
-    with device.load(tiny_image()) as program:
-        assert program
+def test_a_launch_is_shown_with_its_kernels_name(device, stream, release):
+    with device.load(tiny_image()) as program, device.allocate(1000, np.float32) as x:
+        block(stream, FIRST)
+        post(stream, FIRST + 1)
+        stream._ring.submit_launch(1, program["axpy"].handle, 0, (x.address, x.address, x.address, 1.0))
+        release(FIRST)
+        stream.synchronize()
         assert device.hang_report().verdict is HangVerdict.IDLE
+        raw = stream._ring.command_at(stream._ring.head)
+        assert _kernel(device, raw) == f"kernel {program['axpy'].handle} is axpy"
+        release(FIRST + 1)
+
+
+def test_no_wait_without_a_deadline_a_timeout_says_what_it_waits_for_and_who_should_have_signalled(
+        device, streams, release):
+    first, second, *_ = streams
+    block(first, FIRST)
+    post(second, FIRST, behind=FIRST + 1)
+    event = first.record()
+    device.timeout = first.queue.timeout = second.queue.timeout = 0.01
+    try:
+        with pytest.raises(DeviceTimeout, match="waits for semaphore 1001 >= 1, which is 0; nobody"):
+            device.synchronize()
+        for wait in (first.synchronize, event.synchronize):
+            with pytest.raises(DeviceTimeout) as caught:
+                wait()
+            text = str(caught.value.report)
+            assert f"waits for semaphore {FIRST} >= 1, which is 0" in text
+            assert re.search(rf"command \d+ of queue {second.queue.id} will signal it, submitted at .*test_hang", text)
+            assert f"waits for semaphore {FIRST + 1} >= 1, which is 0; nobody that is submitted" in str(caught.value)
+        for endless in (float("inf"), float("nan"), 1e10, -1):
+            with pytest.raises(InvalidArgument):
+                first.synchronize(endless)
+    finally:
+        device.timeout = first.queue.timeout = second.queue.timeout = 30
+    release(FIRST + 1)
+    device.synchronize()
+    release(FIRST)
