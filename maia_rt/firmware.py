@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -64,6 +64,23 @@ class Identity:
     model: str
     firmware: str
     serial: str
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What a device says of itself.
+
+    Attributes
+    ----------
+    ailment : str
+        Why it could not be asked, empty where it could.
+    queues, semaphores : dict
+        QUEUE_LOG and SEMAPHORE_LOG records, by number; empty for a device that has no such logs.
+    """
+
+    ailment: str
+    queues: dict[int, Any] = field(default_factory=dict)
+    semaphores: dict[int, Any] = field(default_factory=dict)
 
 
 class Firmware:
@@ -369,21 +386,24 @@ class Firmware:
                 size, _ = admin.execute(AdminOpcode.GET_LOG, log, block.iova, whole)
                 return np.frombuffer(bytes(block.view()[:min(size, whole)]), record)
 
-    def ailment(self, patience: float = 0.5) -> str:
-        """Ask firmware for a sign of life; return why there is none, an empty text where there is one.
+    def look_inside(self, patience: float = 0.5) -> Insight:
+        """Ask the device what its queues and semaphores are at.
 
         Takes `patience` seconds at most: who hangs wants to know why, not to wait for what hangs as well.
         """
         if self._sounding is not None and self._sounding.is_alive():
-            return "it has not answered the last question yet"
-        found = [f"no answer within {patience:g} s"]
+            return Insight("it has not answered the last question yet")
+        found = [Insight(f"no answer within {patience:g} s")]
 
         def ask() -> None:
             try:
                 self.get_feature(Feature.WATCHDOG_MS)
-                found.append("")
+                queues = {int(row["queue"]): row for row in self.queue_log()}
+                found.append(Insight("", queues, {int(row["index"]): row for row in self.semaphore_log()}))
+            except Unsupported:
+                found.append(Insight(""))
             except MaiaError as error:
-                found.append(error.what)
+                found.append(Insight(error.what))
 
         # A server that stands still blocks whoever asks, for longer than that.
         self._sounding = threading.Thread(target=ask, name="maia-sounding", daemon=True)

@@ -1,0 +1,176 @@
+"""What one command waits for, and who should bring it about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from maia_rt.contract.commands import (
+    COMMAND,
+    LAUNCH,
+    Condition,
+    Opcode,
+    QueueStage,
+    SemaphoreWriter,
+    WaitOp,
+    decode,
+)
+from maia_rt.errors import MaiaError
+from maia_rt.runtime.outstanding import Outstanding, Scene, Signaller
+
+if TYPE_CHECKING:
+    from maia_rt.runtime.device import Device
+
+
+@dataclass(frozen=True)
+class HangWait:
+    """One thing that a command waits for.
+
+    Attributes
+    ----------
+    text : str
+        The whole of it, as a clause.
+    queues : tuple of int
+        The queues that should bring it about; empty where nothing that is submitted will.
+    semaphore, value, wanted : int or None
+        For a semaphore or a word in memory: its number (None for a word), what it is, and what it is compared with.
+    signallers : tuple of Signaller
+        The commands that post to it, or write it.
+    by_program : bool
+        Whether the program itself is about to bring it about, not the device.
+    """
+
+    text: str
+    queues: tuple[int, ...] = ()
+    semaphore: int | None = None
+    value: int | None = None
+    wanted: int | None = None
+    signallers: tuple[Signaller, ...] = ()
+    by_program: bool = False
+
+
+def pre_waits(scene: Scene, raw: bytes) -> Iterator[HangWait]:
+    """What a command's pre-operations still wait for."""
+    for op in np.frombuffer(raw, COMMAND)[0]["pre"]:
+        index, kind, wanted = int(op["index"]), int(op["op"]), int(op["value"])
+        if kind == WaitOp.NONE:
+            continue
+        try:
+            value = scene.semaphore(index)
+        except MaiaError as error:
+            yield HangWait(f"may wait for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which cannot be read: "
+                           f"{error.what}", by_program=True, semaphore=index, wanted=wanted)
+            continue
+        distance = _distance(value, wanted)
+        if distance == 0 or (distance > 0 and kind != WaitOp.EQ):
+            continue
+        if index < scene.device.capabilities.max_queues:
+            yield _mirror_wait(scene, index, kind, value, wanted)
+        else:
+            yield _semaphore_wait(scene, index, kind, value, wanted)
+
+
+def stage_waits(scene: Scene, one: Outstanding, row: Any) -> Iterator[HangWait]:
+    """What a queue's oldest command waits for, by the device's own account of it: a QUEUE_LOG record."""
+    stage = int(row["stage"])
+    if stage == QueueStage.SEMAPHORE:
+        yield from pre_waits(scene, bytes(row["command"]))
+    elif stage == QueueStage.VALUE:
+        yield _value_wait(scene, row)
+    elif stage == QueueStage.TILES:
+        holders = [number for number, other in scene.insight.queues.items()
+                   if number != one.queue.id and other["in_flight"] and number in scene.queues]
+        running = {number: bytes(scene.insight.queues[number]["command"]) for number in holders}
+        names = " and ".join(f"{_kernel(scene.device, raw)} on queue {number}" for number, raw in running.items())
+        names = names or "launches of its own queue"
+        yield HangWait(f"waits for tiles, which are held by {names}", tuple(holders), by_program=not holders)
+    elif stage == QueueStage.REPORT_ROOM:
+        count = (int(row["report_tail"]) - int(row["report_head"])) & 0xFFFFFFFF
+        yield HangWait(f"waits for room in its report ring: the program has not taken {count} records", by_program=True)
+
+
+def describe(device: Device, raw: bytes, row: Any) -> str:
+    """What a command's 64 bytes do not say: its kernel's name, and the place in its list."""
+    if row is not None and row["list_count"]:
+        return f"at {row['list_index']} of its list of {row['list_count']}: {decode(bytes(row['command']))}"
+    return _kernel(device, raw) if raw[0] == Opcode.LAUNCH else ""
+
+
+def _kernel(device: Device, raw: bytes) -> str:
+    if raw[0] != Opcode.LAUNCH:
+        return decode(raw)
+    handle = int(np.frombuffer(raw, LAUNCH)[0]["kernel"])
+    names = [kernel.name for program in list(device._programs) for kernel in program.values()
+             if not program.closed and kernel.handle == handle]
+    return f"kernel {names[0]}" if names else f"kernel {handle}"
+
+
+def _mirror_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
+    other = scene.queues.get(index)
+    facts: dict[str, Any] = {"semaphore": index, "value": value & 0xFFFFFFFF, "wanted": wanted}
+    if other is None:
+        return HangWait(f"waits for queue {index}, which there is none of", **facts)
+    command = value - _distance(value, wanted)
+    text = f"waits for command {command} of queue {index}, which has done {value}"
+    if kind == WaitOp.EQ and command < value:
+        return HangWait(f"{text} and will not come back to it", **facts)
+    if command > other.head:
+        return HangWait(f"{text}; only {other.head} were submitted to it", **facts)
+    where = other.where(command)
+    text += f"; that command, of {other.stream(command)}, was submitted" + (f" at {where}" if where else " before")
+    return HangWait(text, (index,), **facts)
+
+
+def _semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
+    posts = tuple(scene.signallers(index))
+    text = f"waits for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}{_last_writer(scene, index)}"
+    return HangWait(text + _who(posts, "signal"), _queues(posts), index, value, wanted, posts)
+
+
+def _value_wait(scene: Scene, row: Any) -> HangWait:
+    address, value, wanted = int(row["address"]), int(row["value"]), int(row["wanted"])
+    writers = tuple(scene.writers(address))
+    mask = f" & {int(row['mask']):#x}" if int(row["mask"]) != 0xFFFFFFFF else ""
+    sign = _CONDITIONS.get(int(row["condition"]), "?")
+    return HangWait(f"waits for the word at {address:#x}{mask} {sign} {wanted}, which is {value}"
+                    + _who(writers, "write"), _queues(writers), None, value, wanted, writers)
+
+
+def _who(found: tuple[Signaller, ...], verb: str) -> str:
+    text = ""
+    for one in found[:3]:
+        where = f", submitted at {one.where}" if one.where else ""
+        text += f"; {one} " + (f"would have done so{where}, but was {one.lost}" if one.lost else
+                               f"will {verb} it{where}")
+    if len(found) > 3:
+        text += f"; so will {len(found) - 3} more"
+    if all(one.lost for one in found):
+        text += f"; nobody that is submitted will ever {verb} it"
+    return text
+
+
+def _queues(found: tuple[Signaller, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(one.queue for one in found if not one.lost))
+
+
+def _last_writer(scene: Scene, index: int) -> str:
+    """Who wrote a semaphore last, as a clause; empty where the device does not say."""
+    row = scene.insight.semaphores.get(index)
+    if row is None:
+        return ""
+    if row["writer"] == SemaphoreWriter.QUEUE:
+        queue, sequence = int(row["queue"]), int(row["sequence"])
+        where = scene.queues[queue].where(sequence) if queue in scene.queues else ""
+        return f", last written by command {sequence} of queue {queue}" + (f", submitted at {where}" if where else "")
+    return ", last written by the host" if row["writer"] == SemaphoreWriter.HOST else ", never written"
+
+
+def _distance(value: int, base: int) -> int:
+    return (value - base + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+_SIGNS: Final[dict[int, str]] = {WaitOp.GE: ">=", WaitOp.EQ: "==", WaitOp.ACQUIRE: ">= (to take)"}
+_CONDITIONS: Final[dict[int, str]] = {Condition.GE: ">=", Condition.EQ: "==", Condition.NE: "!=", Condition.AND: "&"}
