@@ -68,7 +68,7 @@ def test_a_chain_over_three_streams_is_shown_while_the_main_thread_waits(run_mai
     done = run_maia("hang", process.pid)
     assert done.returncode == 1
     _, verdict, *links = done.stdout.splitlines()
-    assert "unsignalled: queue 0 waits for semaphore 1000 >= 1, which is 0; nobody that is submitted" in verdict
+    assert "unsignalled: queue 0 (stream 1) waits for semaphore 1000 >= 1, which is 0, never written; nobody" in verdict
     assert [link.split()[1] for link in links] == ["2", "1", "0"]
     assert "program.py:17" in links[1]
     assert "program.py:18" in links[0]
@@ -139,7 +139,7 @@ def test_dead_firmware_is_said_and_the_driver_tells_what_it_knows(run_maia, star
     """)
     done = run_maia("hang", process.pid)
     assert done.returncode == 1
-    assert "firmware: the device does not answer; queue 0 waits for semaphore 1000 >= 1" in done.stdout
+    assert "firmware: the device does not answer; queue 0 (stream 1) waits for semaphore 1000 >= 1" in done.stdout
     assert "the device could not be asked, this is what the driver knows: no answer within" in done.stdout
     process.stdin.write("go on\n")
     process.stdin.flush()
