@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 from maia_rt.contract.commands import QueueStage, decode
 from maia_rt.observe import live
 from maia_rt.runtime.outstanding import Outstanding, Scene
-from maia_rt.runtime.waits import HangWait as HangWait
-from maia_rt.runtime.waits import describe, pre_waits, stage_waits
+from maia_rt.runtime.waits import HangWait, describe, pre_waits, stage_waits
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
+
+__all__ = ["HangLink", "HangReport", "HangVerdict", "HangWait", "examine", "go_live", "on_timeout"]
 
 SCHEMA: Final = 1
 """Version of :meth:`HangReport.to_json`; grows when a key changes its meaning or goes."""
