@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -66,23 +65,6 @@ class Identity:
     serial: str
 
 
-@dataclass(frozen=True)
-class Insight:
-    """What a device says of itself.
-
-    Attributes
-    ----------
-    ailment : str
-        Why it could not be asked, empty where it could.
-    queues, semaphores : dict
-        QUEUE_LOG and SEMAPHORE_LOG records, by number; empty for a device that has no such logs.
-    """
-
-    ailment: str
-    queues: dict[int, Any] = field(default_factory=dict)
-    semaphores: dict[int, Any] = field(default_factory=dict)
-
-
 class Firmware:
     """Boots a device and talks to it over the admin queue.
 
@@ -110,7 +92,6 @@ class Firmware:
         self._fds: list[int] = []
         self._admin_queue: AdminQueue | None = None
         self._enabled = False
-        self._sounding: threading.Thread | None = None
         self._semaphores: npt.NDArray[np.uint32] | None = None
         config = PciRegion.CONFIG
         self._config = (partial(transport.read, config), partial(transport.write, config))
@@ -385,31 +366,6 @@ class Firmware:
             with self._pool.allocate(whole) as block:
                 size, _ = admin.execute(AdminOpcode.GET_LOG, log, block.iova, whole)
                 return np.frombuffer(bytes(block.view()[:min(size, whole)]), record)
-
-    def look_inside(self, patience: float = 0.5) -> Insight:
-        """Ask the device what its queues and semaphores are at.
-
-        Takes `patience` seconds at most: who hangs wants to know why, not to wait for what hangs as well.
-        """
-        if self._sounding is not None and self._sounding.is_alive():
-            return Insight("it has not answered the last question yet")
-        found = [Insight(f"no answer within {patience:g} s")]
-
-        def ask() -> None:
-            try:
-                self.get_feature(Feature.WATCHDOG_MS)
-                queues = {int(row["queue"]): row for row in self.queue_log()}
-                found.append(Insight("", queues, {int(row["index"]): row for row in self.semaphore_log()}))
-            except Unsupported:
-                found.append(Insight(""))
-            except MaiaError as error:
-                found.append(Insight(error.what))
-
-        # A server that stands still blocks whoever asks, for longer than that.
-        self._sounding = threading.Thread(target=ask, name="maia-sounding", daemon=True)
-        self._sounding.start()
-        self._sounding.join(patience)
-        return found[-1]
 
     def semaphore(self, index: int) -> int:
         """Read a semaphore from the window in BAR 2; never blocks."""

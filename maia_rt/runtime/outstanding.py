@@ -20,8 +20,8 @@ from maia_rt.contract.commands import (
     PostOp,
 )
 from maia_rt.errors import MaiaError
-from maia_rt.firmware import Insight
 from maia_rt.queue import QueuePair
+from maia_rt.runtime.insight import Insight, look_inside
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -108,7 +108,7 @@ class Scene:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.insight: Insight = device._firmware.look_inside()
+        self.insight: Insight = look_inside(device._firmware)
         self.queues: dict[int, Outstanding] = {}
         for queue in sorted(device._queues, key=lambda queue: queue.id):
             try:
