@@ -4,8 +4,10 @@ from maia_emulator.memory cimport DeviceMemory, context_t, traffic_t
 from maia_rt._fast.commands cimport command_t, copy_descriptor_t
 
 cdef struct work_t:         # how far a long command has come
-    uint64_t done
+    uint64_t done           # bytes, or whole rows
+    uint64_t within         # bytes of the next row
     uint32_t crc
+    uint32_t word           # as WAIT_VALUE saw it last
     bint begun
     copy_descriptor_t shape
 

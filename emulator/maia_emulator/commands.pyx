@@ -6,9 +6,15 @@ from libc.string cimport memcpy, memset
 from maia_emulator.memory cimport KIND_BAD_CONTEXT, KIND_MESSAGE, DeviceMemory, context_t, traffic_t
 from maia_emulator.support cimport add32, store32
 from maia_rt._fast.commands cimport (
+    BRANCH_MEMORY,
+    BRANCH_SEMAPHORE,
+    CONDITION_AND,
+    CONDITION_GE,
+    CRC_COMPARE,
     FAULT_ADDRESS,
     FAULT_BAD_FIELD,
     FAULT_BAD_OPCODE,
+    FAULT_CHECKSUM,
     FAULT_CONTEXT,
     FAULT_NONE,
     FAULT_SEMAPHORE,
@@ -16,8 +22,10 @@ from maia_rt._fast.commands cimport (
     FAULT_TRAP,
     FLAG_BARRIER,
     FLAG_REPORT,
+    LIST_CONCURRENT,
     MAX_INDIRECT,
     MAX_INLINE_BYTES,
+    OPCODE_BRANCH,
     OPCODE_COPY,
     OPCODE_COPY_ND,
     OPCODE_CRC,
@@ -27,12 +35,14 @@ from maia_rt._fast.commands cimport (
     OPCODE_NOP,
     OPCODE_SIGNAL_REMOTE,
     OPCODE_TRAP,
+    OPCODE_WAIT_VALUE,
     OPCODE_WRITE_IMM,
     POST_ADD,
     POST_NONE,
     POST_SET,
     WAIT_ACQUIRE,
     WAIT_NONE,
+    branch_command_t,
     command_t,
     copy_command_t,
     copy_descriptor_t,
@@ -42,6 +52,7 @@ from maia_rt._fast.commands cimport (
     launch_command_t,
     signal_remote_command_t,
     trap_command_t,
+    wait_value_command_t,
     write_imm_command_t,
 )
 
@@ -58,7 +69,7 @@ cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, u
     cdef int i
     cdef uint8_t op
     cdef bint plain
-    if command.opcode < OPCODE_NOP or command.opcode > OPCODE_TRAP:
+    if command.opcode < OPCODE_NOP or command.opcode > OPCODE_BRANCH:
         return FAULT_BAD_OPCODE
     if command.flags & ~<uint8_t> (FLAG_BARRIER | FLAG_REPORT):
         return FAULT_BAD_FIELD
@@ -78,7 +89,7 @@ cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, u
         if op == POST_ADD and command.post[i].value >> 31:
             return FAULT_SEMAPHORE_OVERFLOW
     plain = command.opcode != OPCODE_LAUNCH and command.opcode != OPCODE_WRITE_IMM
-    if plain and command.units:
+    if plain and command.units and not (command.opcode == OPCODE_CRC and command.units == CRC_COMPARE):
         return FAULT_BAD_FIELD
     if command.opcode == OPCODE_NOP:
         plain = command.payload[0] == 0 and command.payload[1] == 0 and command.payload[2] == 0
@@ -105,6 +116,14 @@ cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, u
         plain = list_is_good(<indirect_command_t *> command)
     elif command.opcode == OPCODE_TRAP:
         plain = command.payload[0] >> 32 == 0 and command.payload[1] == 0 and command.payload[2] == 0
+    elif command.opcode == OPCODE_WAIT_VALUE:
+        plain = wait_is_good(<wait_value_command_t *> command)
+    elif command.opcode == OPCODE_BRANCH:
+        if not listed:
+            return FAULT_BAD_OPCODE
+        plain = branch_is_good(<branch_command_t *> command)
+        if plain and names_no_semaphore(<branch_command_t *> command, semaphores):
+            return FAULT_SEMAPHORE
     return FAULT_NONE if plain else FAULT_BAD_FIELD
 
 
@@ -121,12 +140,27 @@ cdef inline bint signal_overflows(signal_remote_command_t *c) noexcept nogil:
 
 
 cdef inline bint list_is_good(indirect_command_t *c) noexcept nogil:
-    return c.list & 63 == 0 and 1 <= c.count <= MAX_INDIRECT and c.options == 0 and c.times == 0
+    return (c.list & 63 == 0 and 1 <= c.count <= MAX_INDIRECT and c.options & ~<uint32_t> LIST_CONCURRENT == 0
+            and c.times & 7 == 0)
+
+
+cdef inline bint wait_is_good(wait_value_command_t *c) noexcept nogil:
+    return c.address & 3 == 0 and CONDITION_GE <= c.condition <= CONDITION_AND and c.reserved == 0
+
+
+cdef inline bint branch_is_good(branch_command_t *c) noexcept nogil:
+    if not CONDITION_GE <= c.condition <= CONDITION_AND:
+        return False
+    return c.source == BRANCH_SEMAPHORE or (c.source == BRANCH_MEMORY and c.where & 3 == 0)
+
+
+cdef inline bint names_no_semaphore(branch_command_t *c, uint32_t semaphores) noexcept nogil:
+    return c.source == BRANCH_SEMAPHORE and c.where >= semaphores
 
 
 cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,
                           traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
-    """Do a piece of a checked command (not LAUNCH, not INDIRECT). Returns the fault; sets ``finished`` at its end."""
+    """Do a piece of a checked command, none that starts or steers others. Returns the fault; ``finished`` at its end."""
     cdef uint64_t size
     cdef copy_command_t *copy
     cdef uint32_t fault = FAULT_NONE
@@ -157,7 +191,7 @@ cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work,
 cdef uint32_t copy_rows(DeviceMemory memory, uint64_t descriptor, work_t *work, context_t *context,
                         traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
     cdef copy_descriptor_t *s = &work.shape
-    cdef uint64_t moved = 0, row, plane, rows
+    cdef uint64_t moved = 0, row, plane, rows, size
     cdef uint32_t fault
     if not work.begun:
         # Taken once: what the client does to the descriptor from here on changes nothing.
@@ -170,13 +204,18 @@ cdef uint32_t copy_rows(DeviceMemory memory, uint64_t descriptor, work_t *work, 
     rows = <uint64_t> s.rows * s.planes
     while work.done < rows and moved < PIECE:
         plane, row = work.done // s.rows, work.done % s.rows
-        fault = memory.copy(s.dst + plane * <uint64_t> s.dst_plane_stride + row * <uint64_t> s.dst_row_stride,
-                            s.src + plane * <uint64_t> s.src_plane_stride + row * <uint64_t> s.src_row_stride,
-                            s.row_bytes, context, traffic, bad)
+        size = min(s.row_bytes - work.within, PIECE - moved)
+        fault = memory.copy(
+            s.dst + plane * <uint64_t> s.dst_plane_stride + row * <uint64_t> s.dst_row_stride + work.within,
+            s.src + plane * <uint64_t> s.src_plane_stride + row * <uint64_t> s.src_row_stride + work.within,
+            size, context, traffic, bad)
         if fault:
             return fault
-        work.done += 1
-        moved += s.row_bytes + 64
+        work.within += size
+        if work.within == s.row_bytes:
+            work.within = 0
+            work.done += 1
+        moved += size + 64
     finished[0] = work.done == rows
     return FAULT_NONE
 
@@ -210,7 +249,7 @@ cdef uint32_t checksum(DeviceMemory memory, crc_command_t *command, work_t *work
                        traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
     cdef char buffer[16384]
     cdef uint64_t piece = 0, size
-    cdef uint32_t fault
+    cdef uint32_t fault, expected = 0
     while work.done < command.size and piece < PIECE:
         size = min(command.size - work.done, <uint64_t> sizeof(buffer))
         fault = memory.load(buffer, command.src + work.done, size, context, traffic, bad)
@@ -220,9 +259,15 @@ cdef uint32_t checksum(DeviceMemory memory, crc_command_t *command, work_t *work
         work.done += size
         piece += size
     finished[0] = work.done == command.size
-    if finished[0]:
+    if not finished[0]:
+        return FAULT_NONE
+    if command.units != CRC_COMPARE:
         return memory.store(command.result, &work.crc, 4, context, traffic, bad)
-    return FAULT_NONE
+    fault = memory.load(&expected, command.result, 4, context, traffic, bad)
+    if fault == FAULT_NONE and expected != work.crc:
+        bad[0] = command.src
+        fault = FAULT_CHECKSUM
+    return fault
 
 
 cdef uint32_t signal(DeviceMemory memory, signal_remote_command_t *command, context_t *context, traffic_t *traffic,

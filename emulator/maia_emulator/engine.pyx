@@ -18,7 +18,8 @@ from libc.string cimport memcpy, memset
 
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
-from maia_emulator.queues cimport MAX_IN_FLIGHT, FrontEnd, in_flight_t, queue_t, writer_t
+from maia_emulator.queue_state cimport MAX_IN_FLIGHT, in_flight_t, queue_t, writer_t
+from maia_emulator.queues cimport FrontEnd
 from maia_emulator.support cimport add32, and32, clock_ns, load32, store32, store64, swap_if32
 from maia_emulator.tiles cimport Tiles, fill_kernel, free_kernel
 from maia_rt._fast.commands cimport (
@@ -46,6 +47,7 @@ cdef extern from "<sys/mman.h>" nogil:
 MIN_ENTRIES_LOG2 = 2
 MAX_ENTRIES_LOG2 = 16
 MAX_CONTEXTS = 32
+PRIORITIES = 4
 MAX_KERNELS = 4096
 DEFAULT_WATCHDOG_MS = 10_000
 cdef uint64_t DOORBELL_PAGE = 4096
@@ -280,7 +282,7 @@ cdef class Engine:
         cdef create_queue_t p
         cdef queue_t *q
         cdef FrontEnd front = self.front
-        cdef uint32_t i
+        cdef uint32_t i, place
         cdef const char *raw = params
         if len(params) != CREATE_QUEUE.itemsize:
             raise AdminError(AdminStatus.INVALID_FIELD, "parameters of the wrong size")
@@ -291,6 +293,8 @@ cdef class Engine:
             raise AdminError(AdminStatus.INVALID_FIELD, "ring length out of range")
         if p.ring % 64 or p.progress % 64 or p.reports % 64:
             raise AdminError(AdminStatus.INVALID_FIELD, "an address is no multiple of 64")
+        if p.priority >= PRIORITIES:
+            raise AdminError(AdminStatus.INVALID_FIELD, f"there is no priority {p.priority}")
         if p.vector != NO_VECTOR and p.vector >= <uint32_t> self.vectors.count:
             raise AdminError(AdminStatus.INVALID_FIELD, f"there is no vector {p.vector}")
         if p.queue != <uint32_t> ANY_QUEUE and p.queue >= front.max_queues:
@@ -313,14 +317,19 @@ cdef class Engine:
             if q.live:
                 raise AdminError(AdminStatus.IN_USE, f"queue {i} exists")
             memset(q, 0, sizeof(queue_t))
-            q.id, q.vector, q.context = i, p.vector, &self.contexts[p.context]
+            q.id, q.vector, q.context, q.priority = i, p.vector, &self.contexts[p.context], p.priority
             q.mask, q.report_mask = (1 << p.entries_log2) - 1, (1 << p.reports_log2) - 1
             q.ring, q.progress, q.reports = p.ring, p.progress, p.reports
             q.doorbell = self.bar2 + i * DOORBELL_PAGE
             self._rewind(q, p.initial)
             q.live = True
             q.context.queues += 1
-            front.live[front.live_count] = i
+            # Kept in the order of service: larger priorities first, then as they were made.
+            place = front.live_count
+            while place and front.queues[front.live[place - 1]].priority < q.priority:
+                front.live[place] = front.live[place - 1]
+                place -= 1
+            front.live[place] = i
             front.live_count += 1
         finally:
             front.give()
@@ -337,7 +346,8 @@ cdef class Engine:
         q.head = q.retired = q.published = initial
         q.tail, q.report_tail, q.report_head, q.arm, q.aborted = <uint32_t> initial, 0, 0, 0, 0
         q.state = q.stage = q.flight_first = q.flight_count = 0
-        q.fault, q.fault_sequence, q.list_count = 0, 0, 0
+        q.fault, q.fault_sequence = 0, 0
+        q.list.count = q.list.flight_count = 0
         store32(<uint32_t *> (q.doorbell + DOORBELL_TAIL), <uint32_t> initial)
         store32(<uint32_t *> (q.doorbell + DOORBELL_REPORT_HEAD), 0)
         store64(<uint64_t *> (q.doorbell + DOORBELL_ARM), 0)
@@ -410,10 +420,7 @@ cdef class Engine:
                     swap_if32(&entry.launch.status, FAULT_NONE, FAULT_ABORTED)
                     break
             else:
-                if sequence == q.head + 1 and q.launch != NULL:
-                    swap_if32(&q.launch.status, FAULT_NONE, FAULT_ABORTED)
-                else:
-                    q.aborted = sequence
+                q.aborted = sequence
         finally:
             front.give()
         self.front.wake()

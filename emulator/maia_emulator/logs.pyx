@@ -3,7 +3,8 @@
 from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
 
-from maia_emulator.queues cimport FETCHED, MAX_IN_FLIGHT, ON_TILES, RUNNING, FrontEnd, in_flight_t, queue_t, satisfied
+from maia_emulator.queue_state cimport FETCHED, LISTING, MAX_IN_FLIGHT, RUNNING, STARTED, in_flight_t, queue_t
+from maia_emulator.queues cimport FrontEnd, satisfied
 from maia_emulator.support cimport clock_ns, load32
 from maia_rt._fast.commands cimport (
     COMMAND_BYTES,
@@ -11,6 +12,7 @@ from maia_rt._fast.commands cimport (
     NO_QUEUE,
     NO_SEMAPHORE,
     OPCODE_LAUNCH,
+    OPCODE_WAIT_VALUE,
     QUEUE_RUNNING,
     QUEUE_STOPPED,
     STAGE_BARRIER,
@@ -19,11 +21,13 @@ from maia_rt._fast.commands cimport (
     STAGE_RUNNING,
     STAGE_SEMAPHORE,
     STAGE_TILES,
+    STAGE_VALUE,
     WRITER_HOST,
     WRITER_MIRROR,
     WRITER_NONE,
     queue_log_t,
     semaphore_log_t,
+    wait_value_command_t,
 )
 
 
@@ -75,12 +79,21 @@ cdef void describe(FrontEnd front, queue_t *q, queue_log_t *record) noexcept nog
             record.in_flight += 1
             if entry == NULL:
                 entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
-    if q.state == RUNNING and q.stage:
+    record.in_flight += q.list.flight_count
+    if q.state == RUNNING and q.stage == LISTING and q.list.flight_count:
+        # Nothing is at hand: the list waits for its own launches, of which the first in its order is told.
+        entry = &q.list.flight[0]
+        for i in range(1, q.list.flight_count):
+            if q.list.flight[i].sequence < entry.sequence:
+                entry = &q.list.flight[i]
+        record.stage, record.sequence, record.since_ns = STAGE_RUNNING, q.head + 1, entry.start_ns
+        record.list_index, record.list_count = <uint32_t> entry.sequence, q.list.count
+        memcpy(record.command, &entry.command, COMMAND_BYTES)
+    elif q.state == RUNNING and q.stage:
         record.sequence, record.since_ns = q.head + 1, q.since_ns
-        record.list_index, record.list_count = q.list_index if q.list_count else 0, q.list_count
-        record.in_flight += q.stage == ON_TILES
+        record.list_index, record.list_count = q.list.index if q.list.count else 0, q.list.count
         memcpy(record.command, &q.command, COMMAND_BYTES)
-        record.stage = waits_for(front, q, record) if q.stage == FETCHED else <uint32_t> STAGE_RUNNING
+        record.stage = waits_for(front, q, record)
     elif entry != NULL:
         record.stage, record.sequence, record.since_ns = STAGE_RUNNING, entry.sequence, entry.start_ns
         memcpy(record.command, &entry.command, COMMAND_BYTES)
@@ -89,10 +102,20 @@ cdef void describe(FrontEnd front, queue_t *q, queue_log_t *record) noexcept nog
 
 
 cdef uint32_t waits_for(FrontEnd front, queue_t *q, queue_log_t *record) noexcept nogil:
-    """The stage of a command that has been fetched and has not started, in the order of `FrontEnd.advance`."""
+    """The stage of the command at hand: what it waits for, in the order of `FrontEnd.advance`."""
+    cdef wait_value_command_t *wait
     cdef uint32_t value
     cdef int i
+    if q.stage == STARTED and q.command.opcode == OPCODE_WAIT_VALUE:
+        wait = <wait_value_command_t *> &q.command
+        record.address, record.value, record.wanted = wait.address, q.work.word, wait.value
+        record.condition, record.mask = wait.condition, wait.mask
+        return STAGE_VALUE
+    if q.stage != FETCHED:
+        return STAGE_RUNNING
     if not front.may_start(q):
+        if q.list.count:
+            return STAGE_BARRIER
         if q.flight_count and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT):
             return STAGE_BARRIER
         return STAGE_REPORT_ROOM

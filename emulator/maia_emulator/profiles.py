@@ -38,6 +38,7 @@ class Profile:
     hbm_bytes: int
     link_speed: int
     max_queues: int = 64
+    priorities: int = 4
     semaphores: int = 1024
     min_entries_log2: int = 2
     max_entries_log2: int = 16

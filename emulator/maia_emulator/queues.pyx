@@ -15,7 +15,30 @@ from libc.string cimport memcpy, memset
 from maia_emulator.commands cimport check_command, run_command
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.launch cimport MAX_ARGS, kernel_t, launch_t
+from maia_emulator.lists cimport (
+    begin_list,
+    end_listed_launches,
+    follow_branch,
+    list_may_start,
+    note_list_fault,
+    wait_for_value,
+    write_times,
+)
 from maia_emulator.memory cimport KIND_HOST, DeviceMemory
+from maia_emulator.queue_state cimport (
+    EMPTY,
+    FETCHED,
+    LISTING,
+    MAX_IN_FLIGHT,
+    RUNNING,
+    STARTED,
+    STOPPED,
+    STOPPING,
+    in_flight_t,
+    queue_t,
+    window_t,
+    writer_t,
+)
 from maia_emulator.support cimport (
     add32,
     clock_ns,
@@ -51,8 +74,10 @@ from maia_rt._fast.commands cimport (
     FLAG_BARRIER,
     FLAG_REPORT,
     NO_UNIT,
+    OPCODE_BRANCH,
     OPCODE_INDIRECT,
     OPCODE_LAUNCH,
+    OPCODE_WAIT_VALUE,
     POST_NONE,
     POST_SET,
     QUEUE_STOPPED,
@@ -61,9 +86,9 @@ from maia_rt._fast.commands cimport (
     WAIT_EQ,
     WAIT_NONE,
     WRITER_QUEUE,
+    branch_command_t,
     command_t,
     fault_t,
-    indirect_command_t,
     launch_command_t,
     report_t,
     semaphore_op_t,
@@ -90,6 +115,7 @@ cdef enum:                  # what a step did
 
 cdef enum:
     AHEAD = 4
+    MAX_LEVEL = 255
     TURN = 64               # commands a queue may run before the next queue's turn
     ERROR_FAULT = 1
     ERROR_WATCHDOG = 8
@@ -125,9 +151,9 @@ cdef bint satisfied(semaphore_op_t *op, uint32_t value) noexcept nogil:
 
 cdef inline bint held_by_tiles(queue_t *q) noexcept nogil:
     """Whether nothing in the queue can start before a launch of its own ends, which wakes us anyway."""
-    if q.stage == ON_TILES:
-        return True
-    return (q.stage == FETCHED and q.list_count == 0 and q.flight_count
+    if q.list.count and q.list.flight_count:
+        return q.stage == LISTING or (q.stage == FETCHED and not list_may_start(q))
+    return (q.stage == FETCHED and q.list.count == 0 and q.flight_count
             and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT))
 
 
@@ -227,6 +253,8 @@ cdef class FrontEnd:
         cdef uint32_t i
         self.blocked = False
         self.launched = 0
+        self.claimed = self.claims = 0
+        self.level = MAX_LEVEL
         pthread_rwlock_rdlock(&self.memory.dma.lock)
         for i in range(self.live_count):
             moved = self.service(&self.queues[self.live[i]]) or moved
@@ -253,7 +281,7 @@ cdef class FrontEnd:
         pthread_mutex_unlock(&self.control)
         if not moved and not load32(&self.stopping):
             # Semaphores may be written by a peer that cannot wake us; launches are watched for hangs.
-            timeout = 5 if self.blocked else 100 if self.launched else -1
+            timeout = 5 if self.blocked else self.watch_ms() if self.launched else -1
             self.counters.sleeps += 1
             wait.fd, wait.events = self.wake_fd, POLLIN
             poll(&wait, 1, timeout)
@@ -273,7 +301,12 @@ cdef class FrontEnd:
         cdef uint32_t tail
         cdef int _turn, step
         cdef uint64_t arm
-        if q.flight_count or q.stage == ON_TILES:
+        if q.priority < self.level:
+            # What queues of larger priority wait for is not for this one.
+            self.level = q.priority
+            self.claimed |= self.claims
+            self.claims = 0
+        if q.flight_count or q.list.flight_count:
             moved = self.reap(q)
         if q.state == RUNNING:
             tail = load32(word(q, DOORBELL_TAIL))
@@ -281,10 +314,8 @@ cdef class FrontEnd:
                 backwards = <int32_t> (tail - q.tail) < 0
                 q.tail = tail
                 self.counters.doorbells += 1
-                if backwards and q.stage == ON_TILES:
-                    swap_if32(&q.launch.status, FAULT_NONE, FAULT_DOORBELL)
-                elif backwards:
-                    self.fail_here(q, FAULT_DOORBELL, tail)
+                if backwards:
+                    self.stop_here(q, FAULT_DOORBELL, tail)
                     moved = True
             for _turn in range(TURN):
                 if q.state != RUNNING:
@@ -309,7 +340,7 @@ cdef class FrontEnd:
                     break
         if q.retired != q.published:
             self.publish(q)
-        if q.state == STOPPING and q.flight_count == 0:
+        if q.state == STOPPING and q.flight_count == 0 and q.list.flight_count == 0:
             self.stop_queue(q)
             moved = True
         arm = load64(<uint64_t *> word(q, DOORBELL_ARM))
@@ -317,7 +348,7 @@ cdef class FrontEnd:
             q.arm = arm
             if arm and arm <= q.published:
                 self.vectors.fire(q.vector)
-        self.launched += q.flight_count + (q.stage == ON_TILES)
+        self.launched += q.flight_count + q.list.flight_count
         return moved
 
     cdef bint fetch(self, queue_t *q) noexcept nogil:
@@ -333,7 +364,7 @@ cdef class FrontEnd:
         else:
             memset(&q.command, 0, COMMAND_BYTES)
             fault = self.memory.load(&q.command, address, COMMAND_BYTES, NULL, &self.traffic, &bad)
-        q.list_count, q.since_ns = 0, 0
+        q.list.count, q.since_ns = 0, 0
         if fault == FAULT_NONE and q.command.sequence != <uint16_t> (q.head + 1):
             fault = FAULT_BAD_SEQUENCE
             bad = q.command.sequence
@@ -345,25 +376,38 @@ cdef class FrontEnd:
         q.stage = FETCHED
         return True
 
-    cdef bint fetch_listed(self, queue_t *q) noexcept nogil:
-        """Likewise from an INDIRECT list."""
+    cdef int next_listed(self, queue_t *q) noexcept nogil:
+        """Go on with the list: its end where nothing is left and nothing in flight, else its next command."""
         cdef uint64_t bad = 0
         cdef uint32_t fault
+        if q.list.fault.code:
+            return BLOCKED if q.list.flight_count else self.fail_list(q)
+        if q.list.flight_count and (not q.list.concurrent or q.list.index == q.list.count):
+            return BLOCKED
         q.since_ns = 0
-        fault = self.memory.load(&q.command, q.list_at + <uint64_t> q.list_index * COMMAND_BYTES, COMMAND_BYTES,
+        if q.list.index == q.list.count:
+            q.command = q.list.command
+            q.list.count = 0
+            return self.complete(q)
+        fault = self.memory.load(&q.command, q.list.at + <uint64_t> q.list.index * COMMAND_BYTES, COMMAND_BYTES,
                                  q.context, &self.traffic, &bad)
-        if fault == FAULT_NONE:
-            fault = check_command(&q.command, True, self.max_queues, self.semaphore_count)
         if fault:
-            self.fail_here(q, fault, bad)
-            return False
+            q.command = q.list.command
+        else:
+            fault = check_command(&q.command, True, self.max_queues, self.semaphore_count)
+            if (fault == FAULT_NONE and q.command.opcode == OPCODE_BRANCH
+                    and (<branch_command_t *> &q.command).target > q.list.count):
+                fault = FAULT_BAD_FIELD
+        if fault:
+            return self.fail_here(q, fault, bad)
+        q.list.next = q.list.index + 1
         q.stage = FETCHED
-        return True
+        return MOVED
 
     cdef bint may_start(self, queue_t *q) noexcept nogil:
         """Whether barrier, report room and in-flight limit let the queue's next command start."""
-        if q.list_count:
-            return True             # the INDIRECT command itself has passed this
+        if q.list.count:
+            return list_may_start(q)    # the INDIRECT command itself has passed the rest
         if q.flight_count and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT):
             return False
         if q.report_tail - q.report_head + q.flight_count <= q.report_mask:
@@ -388,12 +432,14 @@ cdef class FrontEnd:
         cdef uint64_t bad = 0
         cdef uint32_t fault
         cdef int step, i
-        cdef indirect_command_t *list
+        cdef launch_t *launch = NULL
         if q.aborted == q.head + 1:
             q.aborted = 0
-            return self.fail_here(q, FAULT_ABORTED, 0)
-        if q.stage == ON_TILES:
-            return BLOCKED
+            return self.stop_here(q, FAULT_ABORTED, 0)
+        if q.list.count and q.list.fault.code and (q.stage == FETCHED or q.command.opcode == OPCODE_WAIT_VALUE):
+            q.stage = LISTING       # a launch ahead of it has failed
+        if q.stage == LISTING:
+            return self.next_listed(q)
         if q.stage == FETCHED:
             if not self.may_start(q):
                 return BLOCKED
@@ -401,7 +447,7 @@ cdef class FrontEnd:
                 self.blocked = True
                 return BLOCKED
             if q.command.opcode == OPCODE_LAUNCH:
-                step = self.start_launch(q)
+                step = self.start_launch(q, &launch)
                 if step != MOVED:
                     return step
             for i in range(2):
@@ -409,41 +455,56 @@ cdef class FrontEnd:
                     self.wrote(q.command.pre[i].index, add32(&self.semaphores[q.command.pre[i].index],
                                                              -q.command.pre[i].value), q, q.head + 1)
             self.counters.by_opcode[q.command.opcode] += 1
-            if q.list_count == 0:
+            if q.list.count == 0:
                 q.start_ns = clock_ns() if q.command.flags & FLAG_REPORT else 0
+            elif q.list.times:
+                q.list.start_ns = clock_ns()
             memset(&q.work, 0, sizeof(q.work))
             q.stage = STARTED
             if q.command.opcode == OPCODE_INDIRECT:
-                list = <indirect_command_t *> &q.command
-                q.outer = q.command
-                q.list_at, q.list_count, q.list_index = list.list, list.count, 0
-                return MOVED if self.fetch_listed(q) else FAILED
+                begin_list(q)
+                return self.next_listed(q)
             if q.command.opcode == OPCODE_LAUNCH:
-                self.tiles.start(q.launch)
-                self.counters.launches += 1
-                if q.list_count:
-                    q.stage = ON_TILES
-                    return MOVED
-                i = (q.flight_first + q.flight_count) % MAX_IN_FLIGHT
-                q.flight[i].sequence = q.head + 1
-                q.flight[i].launch, q.launch = q.launch, NULL
-                q.flight[i].command = q.command
-                q.flight[i].start_ns = clock_ns()
-                q.flight[i].status = FAULT_NONE
-                q.flight[i].steps, q.flight[i].steps_ns = 0, q.flight[i].start_ns
-                q.flight_count += 1
-                q.head += 1
-                q.stage = EMPTY
+                self.fly(q, launch)
                 return MOVED
-        fault = run_command(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
+        if q.command.opcode == OPCODE_WAIT_VALUE:
+            fault = wait_for_value(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
+            if not finished and fault == FAULT_NONE:
+                self.blocked = True
+                return BLOCKED
+        elif q.command.opcode == OPCODE_BRANCH:
+            fault = follow_branch(self.memory, q, self.semaphores, &self.traffic, &bad)
+        else:
+            fault = run_command(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
         if fault:
             return self.fail_here(q, fault, bad)
         if not finished:
             return YIELDED
         return self.complete(q)
 
-    cdef int start_launch(self, queue_t *q) noexcept nogil:
-        """Find tiles for a LAUNCH and prepare it: MOVED with ``q.launch`` set, BLOCKED, or FAILED."""
+    cdef void fly(self, queue_t *q, launch_t *launch) noexcept nogil:
+        """Start a launch that has its tiles; the queue, or its list, goes on behind it."""
+        cdef in_flight_t *entry
+        if q.list.count:
+            entry = &q.list.flight[q.list.flight_count]
+            q.list.flight_count += 1
+            entry.sequence = q.list.index
+            q.list.index = q.list.next
+            q.stage = LISTING
+        else:
+            entry = &q.flight[(q.flight_first + q.flight_count) % MAX_IN_FLIGHT]
+            q.flight_count += 1
+            q.head += 1
+            entry.sequence = q.head
+            q.stage = EMPTY
+        entry.launch, entry.command, entry.status = launch, q.command, FAULT_NONE
+        entry.start_ns = entry.steps_ns = clock_ns()
+        entry.steps = 0
+        self.tiles.start(launch)
+        self.counters.launches += 1
+
+    cdef int start_launch(self, queue_t *q, launch_t **launch) noexcept nogil:
+        """Find tiles for a LAUNCH and prepare it: MOVED with ``launch`` set, BLOCKED, or FAILED."""
         cdef launch_command_t *command = <launch_command_t *> &q.command
         cdef kernel_t *kernel
         cdef uint64_t args[MAX_ARGS]
@@ -461,10 +522,11 @@ cdef class FrontEnd:
         if within < kernel.tiles or command.arg_count != kernel.arg_count:
             return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
         if not self.find_tiles(kernel.tiles, command.units, physical):
+            self.claims |= command.units or <uint32_t> 0xffffffff
             return BLOCKED
         fault = self.memory.load(args, command.args, <uint64_t> kernel.arg_count * 8, q.context, &self.traffic, &bad)
         if fault == FAULT_NONE:
-            q.launch = self.tiles.prepare(kernel, command.kernel, q.context, args, physical, &fault, &bad)
+            launch[0] = self.tiles.prepare(kernel, command.kernel, q.context, args, physical, &fault, &bad)
         if fault:
             return self.fail_here(q, fault, bad)
         for i in range(kernel.tiles):
@@ -473,27 +535,27 @@ cdef class FrontEnd:
 
     cdef bint find_tiles(self, uint32_t count, uint32_t clusters, uint32_t *physical) noexcept nogil:
         cdef uint32_t i, found = 0
+        cdef uint32_t usable = (clusters or <uint32_t> 0xffffffff) & ~self.claimed
         for i in range(self.tiles.count):
             if found == count:
                 break
-            if not self.tile_busy[i] and (clusters == 0 or clusters >> (i // self.tiles_per_cluster) & 1):
+            if not self.tile_busy[i] and usable >> (i // self.tiles_per_cluster) & 1:
                 physical[found] = i
                 found += 1
         return found == count
 
     cdef int complete(self, queue_t *q) noexcept nogil:
         """The command under way is done: of a list, go on with the next; else retire it when its turn comes."""
-        cdef int i
+        cdef int i, step
+        if q.list.count:
+            q.stage = LISTING
+            if not self.complete_listed(q, q.list.index, &q.command, q.list.start_ns, 0):
+                return FAILED
+            q.list.index = q.list.next
+            step = self.next_listed(q)
+            return MOVED if step == BLOCKED else step
         self.counters.commands += 1
         self.post(q, q.head + 1, &q.command)
-        if q.list_count:
-            q.list_index += 1
-            if q.list_index < q.list_count:
-                return MOVED if self.fetch_listed(q) else FAILED
-            q.command = q.outer
-            q.list_count = 0
-            self.counters.commands += 1
-            self.post(q, q.head + 1, &q.command)
         if q.command.flags & FLAG_REPORT:
             self.report(q, q.head + 1, q.start_ns, FAULT_NONE, 0)
         q.stage = EMPTY
@@ -505,6 +567,20 @@ cdef class FrontEnd:
         q.flight[i].sequence, q.flight[i].launch, q.flight[i].status = q.head, NULL, FAULT_NONE
         q.flight_count += 1
         return MOVED
+
+    cdef bint complete_listed(self, queue_t *q, uint32_t index, command_t *command, uint64_t start_ns,
+                              uint64_t end_ns) noexcept nogil:
+        """A listed command has succeeded, if its times can be written; ``end_ns`` 0 is now."""
+        cdef uint64_t bad = 0
+        cdef uint32_t fault
+        if q.list.times:
+            fault = write_times(self.memory, q, index, start_ns, end_ns or clock_ns(), &self.traffic, &bad)
+            if fault:
+                self.fail_listed(q, index, command, fault, bad, NO_UNIT)
+                return False
+        self.counters.commands += 1
+        self.post(q, q.head + 1, command)
+        return True
 
     cdef void post(self, queue_t *q, uint64_t sequence, command_t *command) noexcept nogil:
         cdef uint32_t index, value
@@ -529,25 +605,15 @@ cdef class FrontEnd:
         """Look after launches in flight: finish what is done, retire in order."""
         cdef in_flight_t *entry
         cdef launch_t *launch
-        cdef bint moved = False
+        cdef bint moved = self.reap_listed(q) if q.list.flight_count else False
         cdef int i
-        if q.stage == ON_TILES and load32(&q.launch.done):
-            launch = q.launch
-            moved = True
-            if launch.status:
-                self.fail_here(q, launch.status, launch.bad)
-            else:
-                self.free_launch(launch)
-                q.launch = NULL
-                q.stage = STARTED
-                self.complete(q)
         for i in range(q.flight_count):
             entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
             launch = entry.launch
             if launch == NULL:
                 continue
             if not load32(&launch.done):
-                self.watch(q)
+                self.watch(entry)
                 continue
             moved = True
             entry.launch = NULL
@@ -569,25 +635,46 @@ cdef class FrontEnd:
             moved = True
         return moved
 
-    cdef void watch(self, queue_t *q) noexcept nogil:
-        """Fail launches that made no step within the watchdog's time."""
-        cdef in_flight_t *entry
+    cdef bint reap_listed(self, queue_t *q) noexcept nogil:
+        """Likewise for those of its list."""
+        cdef in_flight_t entry
+        cdef bint moved = False
+        cdef int i = 0
+        while i < q.list.flight_count:
+            if not load32(&q.list.flight[i].launch.done):
+                self.watch(&q.list.flight[i])
+                i += 1
+                continue
+            moved = True
+            entry = q.list.flight[i]
+            q.list.flight_count -= 1
+            q.list.flight[i] = q.list.flight[q.list.flight_count]
+            if entry.launch.status:
+                self.fail_listed(q, <uint32_t> entry.sequence, &entry.command, entry.launch.status, entry.launch.bad,
+                                 entry.launch.unit)
+            else:
+                self.complete_listed(q, <uint32_t> entry.sequence, &entry.command, entry.start_ns,
+                                     entry.launch.end_ns)
+            self.free_launch(entry.launch)
+        return moved
+
+    cdef void watch(self, in_flight_t *entry) noexcept nogil:
+        """Fail a launch that made no step within the watchdog's time."""
         cdef uint64_t now
         cdef uint32_t steps
-        cdef int i
         if self.watchdog_ns == 0:
             return
         now = clock_ns()
-        for i in range(q.flight_count):
-            entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
-            if entry.launch == NULL:
-                continue
-            steps = load32(&entry.launch.steps)
-            if steps != entry.steps:
-                entry.steps, entry.steps_ns = steps, now
-            elif now - entry.steps_ns > self.watchdog_ns and swap_if32(&entry.launch.status, FAULT_NONE,
-                                                                       FAULT_ENGINE_HANG):
-                self.raise_error(ERROR_WATCHDOG)
+        steps = load32(&entry.launch.steps)
+        if steps != entry.steps:
+            entry.steps, entry.steps_ns = steps, now
+        elif now - entry.steps_ns > self.watchdog_ns and swap_if32(&entry.launch.status, FAULT_NONE,
+                                                                   FAULT_ENGINE_HANG):
+            self.raise_error(ERROR_WATCHDOG)
+
+    cdef int watch_ms(self) noexcept nogil:
+        """How long to sleep while launches run: short enough to find one that hangs in time."""
+        return <int> min(self.watchdog_ns // 4000000 + 1, <uint64_t> 100) if self.watchdog_ns else 100
 
     cdef void free_launch(self, launch_t *launch) noexcept nogil:
         cdef uint32_t i
@@ -595,18 +682,40 @@ cdef class FrontEnd:
             self.tile_busy[launch.units[i].physical] = 0
         self.tiles.release(launch)
 
+    cdef int stop_here(self, queue_t *q, uint32_t code, uint64_t bad) noexcept nogil:
+        """The command under way fails from outside, with what its list has in flight."""
+        if q.list.count:
+            end_listed_launches(&q.list, code)
+            if q.stage == LISTING:
+                q.command = q.list.command      # the next one has not been read
+        return self.fail_here(q, code, bad)
+
     cdef int fail_here(self, queue_t *q, uint32_t code, uint64_t bad) noexcept nogil:
         """The command under way fails."""
-        cdef uint32_t detail = q.list_index if q.list_count else 0, unit = NO_UNIT, kernel = 0
-        if q.launch != NULL:
-            if not q.list_count:
-                detail = q.launch.detail
-            unit, kernel = q.launch.unit, q.launch.handle
-            self.free_launch(q.launch)
-            q.launch = NULL
-        elif q.command.opcode == OPCODE_LAUNCH:
+        cdef uint32_t kernel = 0
+        if q.list.count:
+            self.fail_listed(q, q.list.index, &q.command, code, bad, NO_UNIT)
+            q.stage = LISTING
+            return FAILED if q.list.flight_count else self.fail_list(q)
+        if q.command.opcode == OPCODE_LAUNCH:
             kernel = (<launch_command_t *> &q.command).kernel
-        self.fail(q, q.head + 1, code, bad, detail, unit, kernel, &q.command, q.start_ns)
+        self.fail(q, q.head + 1, code, bad, 0, NO_UNIT, kernel, &q.command, q.start_ns)
+        q.stage = EMPTY
+        return FAILED
+
+    cdef void fail_listed(self, queue_t *q, uint32_t index, command_t *command, uint32_t code, uint64_t bad,
+                          uint32_t unit) noexcept nogil:
+        """A listed command fails; its list does once nothing of it is in flight."""
+        cdef uint32_t kernel = 0
+        if command.opcode == OPCODE_LAUNCH:
+            kernel = (<launch_command_t *> command).kernel
+        note_list_fault(&q.list, index, command, code, bad, unit, kernel)
+
+    cdef int fail_list(self, queue_t *q) noexcept nogil:
+        """The list fails, as the first of its commands that did."""
+        self.fail(q, q.head + 1, q.list.fault.code, q.list.fault.bad, q.list.fault.index, q.list.fault.unit,
+                  q.list.fault.kernel, &q.list.fault.command, q.start_ns)
+        q.list.count = 0
         q.stage = EMPTY
         return FAILED
 
@@ -688,12 +797,16 @@ cdef class FrontEnd:
         q.state = STOPPED
         while busy:
             busy = False
-            if q.launch != NULL:
-                swap_if32(&q.launch.status, FAULT_NONE, FAULT_RESET)
-                busy = q.stage == ON_TILES and not load32(&q.launch.done)
-                if not busy:
-                    self.free_launch(q.launch)
-                    q.launch = NULL
+            end_listed_launches(&q.list, FAULT_RESET)
+            i = 0
+            while i < q.list.flight_count:
+                if load32(&q.list.flight[i].launch.done):
+                    self.free_launch(q.list.flight[i].launch)
+                    q.list.flight_count -= 1
+                    q.list.flight[i] = q.list.flight[q.list.flight_count]
+                else:
+                    busy = True
+                    i += 1
             for i in range(q.flight_count):
                 entry = &q.flight[(q.flight_first + i) % MAX_IN_FLIGHT]
                 if entry.launch == NULL:
@@ -707,4 +820,5 @@ cdef class FrontEnd:
             if busy:
                 usleep(50)
         q.flight_count = 0
+        q.list.count = 0
         q.stage = EMPTY

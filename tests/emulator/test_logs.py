@@ -2,10 +2,22 @@
 
 import numpy as np
 import pytest
-from helpers.bare_engine import DATA, HBM, HOST, BareEngine, until
+from helpers import tiny_program
+from helpers.bare_engine import DATA, HBM, HOST, BareEngine, command, until
 
 from maia_rt.contract import commands as c
-from maia_rt.contract.commands import CommandFlag, Opcode, PostOp, QueueStage, QueueState, SemaphoreWriter, WaitOp
+from maia_rt.contract import program
+from maia_rt.contract.commands import (
+    CommandFlag,
+    Condition,
+    ListOption,
+    Opcode,
+    PostOp,
+    QueueStage,
+    QueueState,
+    SemaphoreWriter,
+    WaitOp,
+)
 from maia_rt.errors import FaultCode
 
 FREE = 20
@@ -141,3 +153,30 @@ def test_the_logs_start_anew_with_the_device(bare):
     queue.wait()
     bare.engine.reset()
     assert bare.engine.queue_log() == bare.engine.semaphore_log() == b""
+
+
+def test_a_wait_for_a_value_names_the_word_and_what_it_was(bare):
+    queue = bare.queue()
+    word = bare.host[DATA : DATA + 4].view(np.uint32)
+    word[0] = 0x1F3
+    sequence = queue.put(c.WAIT_VALUE, Opcode.WAIT_VALUE, address=bare.address(DATA), value=5, mask=0xFF,
+                         condition=Condition.EQ)
+    until(lambda: queue_log(bare)["stage"] == QueueStage.VALUE)
+    record = queue_log(bare)
+    assert [int(record[name]) for name in ("sequence", "address", "value", "wanted", "mask", "condition")] == [
+        sequence, bare.address(DATA), 0x1F3, 5, 0xFF, Condition.EQ]
+    word[0] = 5
+    assert queue.wait() == 0
+
+
+def test_a_list_that_waits_for_its_launches_shows_the_first_of_them(bare):
+    kernel = bare.engine.load_program(program.read(program.write([tiny_program.busy(3000)])))
+    queue = bare.queue()
+    rows = [command(c.COMMAND, Opcode.NOP), *[command(c.LAUNCH, Opcode.LAUNCH, kernel=kernel)] * 2]
+    queue.put(c.INDIRECT, Opcode.INDIRECT, **bare.list(*rows), options=ListOption.CONCURRENT)
+    until(lambda: queue_log(bare)["in_flight"] == 2)
+    record = queue_log(bare)
+    assert (record["stage"], record["list_index"], record["list_count"]) == (QueueStage.RUNNING, 1, 3)
+    assert record["command"].tobytes() == rows[1].tobytes() and record["sequence"] == queue.index
+    put_behind = queue.put(c.COMMAND, Opcode.NOP)
+    assert queue.wait(put_behind) == 0

@@ -47,6 +47,16 @@ class BareEngine:
     def address(self, offset):
         return HOST + offset
 
+    def list(self, *rows, at=DATA):
+        """Write a list of commands to host memory; returns the fields that an INDIRECT of them has."""
+        raw = b"".join(row.tobytes() for row in rows)
+        self.host[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
+        return {"list": self.address(at), "count": len(rows)}
+
+    def word(self, offset):
+        """A 32-bit word of host memory, to read and to write."""
+        return self.host[offset : offset + 4].view(np.uint32)
+
     def close(self):
         self.engine.stop()
         self.engine = None
@@ -62,7 +72,7 @@ class BareQueue:
     """A queue written and read by hand."""
 
     def __init__(self, bare, number, *, entries_log2=6, reports_log2=6, initial=2**32 - 3, vector=c.NO_VECTOR,
-                 context=0):
+                 context=0, priority=0):
         self.bare = bare
         base = number * QUEUE_AREA
         params = np.zeros((), c.CREATE_QUEUE)
@@ -70,6 +80,7 @@ class BareQueue:
         params["reports"], params["initial"] = HOST + base + 0xC0000, initial
         params["entries_log2"], params["reports_log2"] = entries_log2, reports_log2
         params["vector"], params["queue"], params["context"] = vector, c.ANY_QUEUE, context
+        params["priority"] = priority
         self.id = bare.engine.create_queue(params.tobytes())
         self.entries = 1 << entries_log2
         self.ring = bare.host[base : base + 64 * self.entries].view(c.COMMAND)

@@ -64,3 +64,16 @@ def axpy(count=1000, name="axpy"):
 def image(count=1000):
     """The image of the one kernel ``axpy``."""
     return program.write([axpy(count)])
+
+
+def busy(products, name="busy"):
+    """A kernel without arguments that keeps a tensor unit at one macro-operation, for `products` of 50,000 each."""
+    depth = 50_000
+    op = _op(MacroOp.MATMUL, (1, 1, depth), flags=OpFlag.TRANSPOSE_B, batch=products,
+             scalar=(np.float32(1).view(np.uint32), 0))
+    _operand(op, program.DST, Space.TILE, offset=8 * depth, dtype=Dtype.FP32, row_stride=4)
+    op["operand"][program.DST]["plane_stride"] = 4
+    _operand(op, program.A, Space.TILE, dtype=Dtype.FP32, row_stride=4 * depth)
+    _operand(op, program.B, Space.TILE, offset=4 * depth, dtype=Dtype.FP32, row_stride=4 * depth)
+    return KernelImage(name, (), (Stream(0, Engine.TENSOR, np.array([op], program.OP)),), tiles=1,
+                       sram_bytes=8 * depth + 4 * products)
