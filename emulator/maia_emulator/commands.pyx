@@ -160,7 +160,7 @@ cdef inline bint names_no_semaphore(branch_command_t *c, uint32_t semaphores) no
 
 cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,
                           traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil:
-    """Do a piece of a checked command, none that starts or steers others. Returns the fault; ``finished`` at its end."""
+    """Do a piece of a checked command, none that steers others. Returns the fault; sets ``finished`` at its end."""
     cdef uint64_t size
     cdef copy_command_t *copy
     cdef uint32_t fault = FAULT_NONE
