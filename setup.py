@@ -16,7 +16,11 @@ if os.environ.get("MAIA_SANITIZE"):
 
 CSRC = "emulator/maia_emulator/csrc"
 # The C beside a .pyx, by the extension's last name, and what its loops need to become vector code.
-C_SOURCES = {"macro_ops": [f"{CSRC}/numerics.c"], "commands": [f"{CSRC}/crc32.c"]}
+C_SOURCES = {
+    "macro_ops": [f"{CSRC}/numerics.c"],
+    "commands": [f"{CSRC}/crc32.c"],
+    "lane": ["maia_rt/_fast/csrc/site.c"],
+}
 VECTOR_ARGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 C_ARGS = {"macro_ops": VECTOR_ARGS}
 

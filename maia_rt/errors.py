@@ -200,7 +200,7 @@ class Fault:
     recovery: str
 
 
-_RESET_QUEUE = "reset the queue and submit again what was lost"
+_RESET_QUEUE = "reset the queue, as stream.recover() does, and submit again what was lost"
 
 FAULTS: dict[FaultCode, Fault] = {
     f.code: f

@@ -12,10 +12,11 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from maia_emulator.function import Function
-from maia_emulator.profiles import PROFILES
+from maia_emulator.profiles import PROFILES, Profile
 from maia_emulator.server import ListeningSocket, Server, ServerError
 from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
 
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
         servers = []
         for number, end in enumerate(ends):
             function = Function(
-                PROFILES[options.profile], seed=options.seed, number=number, workers=options.workers,
+                _profile(options), seed=options.seed, number=number, workers=options.workers,
                 vendor_id=options.vendor_id, device_id=options.device_id,
             )
             server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
@@ -110,6 +111,11 @@ def _inherited(fd: int) -> socket.socket:
     return sock
 
 
+def _profile(options: argparse.Namespace) -> Profile:
+    profile = PROFILES[options.profile]
+    return profile if options.queues is None else replace(profile, max_queues=options.queues)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="maia_emulator", description="Serve emulated MAIA-like devices on vfio-user sockets.",
@@ -119,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--fd", type=_count, metavar="N", help="serve the one client of this connected descriptor")
     parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many devices (default 1)")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="small", help="what device (default small)")
+    parser.add_argument("--queues", type=_positive, metavar="N", help="how many hardware queues (default 64)")
     parser.add_argument("--seed", type=_count, default=0, help="decides serial numbers and random choices (default 0)")
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
     parser.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")

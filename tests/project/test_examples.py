@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STORIES = {"any-pci-device.md"}
+ON_A_DEVICE = ["streams-and-failures.md"]
+"""Pages whose pieces of code are one program that is given an open `device`, `maia_rt` and numpy as `np`."""
+STORIES = {"any-pci-device.md", *ON_A_DEVICE}
 """Pages whose pieces of code are one program."""
 BLOCKS = [(page, number, code) for page in PAGES if page.exists()
           if page.name not in STORIES for number, code in enumerate(FENCE.findall(page.read_text()), 1)]
@@ -33,6 +35,13 @@ def run(source, cwd):
 @pytest.mark.parametrize(("page", "code"), [pytest.param(p, c, id=f"{p.name}-{n}") for p, n, c in BLOCKS])
 def test_python_in_the_documentation_runs(page, code, tmp_path):
     run(["-c", code], tmp_path)
+
+
+@pytest.mark.parametrize("page", ON_A_DEVICE)
+def test_a_page_about_the_runtime_runs_from_top_to_bottom(page, tmp_path):
+    story = "\n".join(FENCE.findall((ROOT / "docs" / page).read_text()))
+    given = "import maia_rt\nimport numpy as np\nwith maia_rt.open('emulated') as device:\n    exec(story)"
+    run(["-c", f"story = {story!r}\n{given}"], tmp_path)
 
 
 def test_the_page_about_any_pci_device_runs_on_a_socket(emulator, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -177,6 +178,24 @@ def test_recovering_a_stream_that_has_not_failed_changes_nothing(attached):
         stream.recover()
     with pytest.raises(ClosedError):
         stream.abort()
+
+
+def test_the_line_is_that_of_the_program_however_deep_the_call(attached):
+    def here_and_now():
+        return sys._getframe(1).f_lineno
+
+    with attached.create_stream() as stream, attached.allocate(64) as buffer:
+        stream._submit(Opcode.TRAP)
+        lines = [here_and_now()]
+        stream.copy(buffer, bytes(range(64)))
+        lines.append(here_and_now())
+        list(map(lambda value: stream.fill(buffer, value), [1]))
+        lines.append(here_and_now())
+        max((stream.fill(buffer, 2) or 0) for _ in range(1))
+        lines.append(here_and_now())
+        with pytest.raises(DeviceFault):
+            stream.synchronize()
+        assert [lost.where for lost in stream.recover()] == [f"{__file__}:{line - 1}" for line in lines]
 
 
 def test_without_sites_an_error_knows_no_line(own_selector):

@@ -12,6 +12,7 @@ import maia_rt
 from maia_rt.contract.commands import Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout, FaultCode, OutOfQueues
 from tests.helpers import tiny_program
+from tests.helpers.emulator import running
 
 SEMAPHORE = 1000
 
@@ -321,6 +322,17 @@ def test_more_streams_than_the_device_has_queues(device):
         streams.pop().close()
     for stream in streams:
         stream.close()
+
+
+@pytest.mark.emulator_process
+def test_a_device_with_few_queues_has_many_streams():
+    with running("--queues", "1") as (_, paths), maia_rt.open(paths[0]) as device:
+        assert device.capabilities.max_queues == 1
+        with device.create_stream() as first, device.create_stream() as second, device.allocate(64) as buffer:
+            fail(first)
+            second.fill(buffer, 3)
+            assert (buffer.copy_to_host(second) == 3).all()
+            assert len(first.recover()) == 1
 
 
 @pytest.mark.parametrize("bad, error", [(0, maia_rt.errors.InvalidArgument), (-1, maia_rt.errors.InvalidArgument),
