@@ -189,7 +189,7 @@ def test_the_line_is_that_of_the_program_however_deep_the_call(attached):
         lines = [here_and_now()]
         stream.copy(buffer, bytes(range(64)))
         lines.append(here_and_now())
-        list(map(lambda value: stream.fill(buffer, value), [1]))
+        [stream.fill(buffer, value) for value in [1]]
         lines.append(here_and_now())
         max((stream.fill(buffer, 2) or 0) for _ in range(1))
         lines.append(here_and_now())
