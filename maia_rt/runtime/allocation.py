@@ -51,10 +51,7 @@ def take(device: Device, space: Space, nbytes: int, alignment: int, *, wait: boo
             raise
         full = error
     # What was closed while commands used it comes back when they are done; what pools hold on to, when they are told.
-    for queue in list(device._queues):
-        with contextlib.suppress(MaiaError):
-            queue.wait(queue.ring.head)
-    device._reclaimer.collect()
+    _wait_for_queues(device)
     try:
         return heap.allocate(nbytes, alignment)
     except OutOfMemory as error:
@@ -66,6 +63,21 @@ def take(device: Device, space: Space, nbytes: int, alignment: int, *, wait: boo
         with contextlib.suppress(OutOfMemory):
             return heap.allocate(nbytes, alignment)
     raise OutOfMemory(full.what, cause=full.cause + _largest(device, space), hint=full.hint)
+
+
+def settle(device: Device, space: Space) -> None:
+    """Free what was closed in a space; where commands may still use it, after everything that was submitted."""
+    device._reclaimer.collect()
+    held = sum(isinstance(one, Buffer) and one.space == space and not one.closed for one in list(device._memories))
+    if held < device._spaces.statistics(space).allocations:
+        _wait_for_queues(device)
+
+
+def _wait_for_queues(device: Device) -> None:
+    for queue in list(device._queues):
+        with contextlib.suppress(MaiaError):
+            queue.wait(queue.ring.head)
+    device._reclaimer.collect()
 
 
 def _largest(device: Device, space: Space) -> str:

@@ -524,6 +524,9 @@ class Device:
         return wait_for_use(lambda: find_use(list(self._queues), start, end, self._pool.find, self._list_readers),
                             seconds)
 
+    def _settle(self, space: Space) -> None:
+        allocation.settle(self, space)
+
     def _find_root(self, address: int) -> Memory | None:
         return allocation.find_root(self, address)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from maia_rt.capabilities import Capabilities
@@ -65,13 +66,24 @@ class DeviceSpaces:
         """Return how full a space is."""
         return self.heap(space).statistics()
 
-    def check_launch(self, kernel: Kernel, clusters: int) -> None:
-        """Raise InvalidArgument where a kernel would run over allocated tile SRAM of a cluster it may run on."""
+    def check_launch(self, kernel: Kernel, clusters: int, settle: Callable[[Space], object]) -> None:
+        """Raise InvalidArgument where a kernel would run over allocated tile SRAM of a cluster it may run on.
+
+        Parameters
+        ----------
+        kernel : Kernel
+        clusters : int
+            A mask, 0 is all.
+        settle : callable
+            Called with a tile's space before a launch is refused: frees what was closed there.
+        """
         need = kernel.sram_bytes
         for tile, heap in list(self.tiles.items()):
             cluster = tile // self._capabilities.tiles_per_cluster
             if clusters and not clusters >> cluster & 1:
                 continue
+            if len(heap) and need > heap.floor:
+                settle(Space.tile(tile))
             if len(heap) and need > heap.floor:
                 raise InvalidArgument(
                     f"kernel {kernel.name!r} uses the first {need} bytes of a tile's SRAM, and in tile {tile} of "

@@ -260,7 +260,7 @@ class Stream(Lane):
             raise InvalidArgument(f"clusters {clusters:#x} are not all among the stream's, {self.clusters:#x}")
         clusters = clusters or self.clusters
         if self.device._spaces.tiles:
-            self.device._spaces.check_launch(kernel, clusters)
+            self.device._spaces.check_launch(kernel, clusters, self.device._settle)
         if self.device._validator is not None:
             self.device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
         self._launch(kernel.handle, clusters, words)
