@@ -17,8 +17,9 @@ cdef class BufferExporter:
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef Py_buffer found
+        array = self.array
         try:
-            PyObject_GetBuffer(self.array, &found, flags)
+            PyObject_GetBuffer(array, &found, flags)
         except ValueError as error:
             raise BufferError(f"{error}") from None
         # Cython has put None there, with a reference. The array's buffer is passed on whole, and released by the array.

@@ -106,11 +106,9 @@ def multicast(stream: Stream, dsts: Sequence[Memory], src: Memory) -> int:
         raise InvalidType(f"dsts is {type(dsts).__name__}, not a sequence of buffers") from None
     for number, dst in enumerate(targets):
         stream._require_own(dst, f"dsts[{number}]")
-        require_plain(dst, f"dsts[{number}]")
+        require_plain(dst, f"dsts[{number}]", writes=True)
         if dst.nbytes != src.nbytes:
             raise InvalidArgument(f"dsts[{number}] has {dst.nbytes} bytes, src {src.nbytes}")
-        if dst.readonly:
-            raise InvalidArgument(f"dsts[{number}] is read-only")
     at, size = src.address, src.nbytes
     found = sorted(dst.address for dst in targets)
     for one, other in itertools.pairwise(found):
@@ -128,8 +126,10 @@ def multicast(stream: Stream, dsts: Sequence[Memory], src: Memory) -> int:
     return len(groups)
 
 
-def require_plain(memory: Memory, what: str) -> None:
-    """Raise InvalidArgument unless the elements lie side by side."""
+def require_plain(memory: Memory, what: str, *, writes: bool = False) -> None:
+    """Raise InvalidArgument unless the elements lie side by side, and may be written where that is meant."""
+    if writes and memory.readonly:
+        raise InvalidArgument(f"{what} is read-only", cause="the array was read-only when it was registered")
     if memory._strides is not None:
         raise InvalidArgument(f"{what} is a strided view {memory.shape} with strides {memory._strides}",
                               hint="copy it to a buffer of its own with stream.copy")

@@ -149,7 +149,7 @@ class Stream(Lane):
         if width not in _WIDTHS:
             raise InvalidArgument(f"a pattern has 1, 2 or 4 bytes, not {width}")
         self._require_own(dst, "dst")
-        require_plain(dst, "dst")
+        require_plain(dst, "dst", writes=True)
         if dst.nbytes % width or dst.address % width:
             raise InvalidArgument(f"{dst.nbytes} bytes at {dst.address:#x} are not aligned to the pattern's {width}")
         if not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
