@@ -45,6 +45,10 @@ class InvalidType(MaiaError, TypeError):
     """An object of the wrong kind: not a buffer, wrong dtype, of another device."""
 
 
+class IndexOutOfRange(InvalidArgument, IndexError):
+    """An index outside its dimension."""
+
+
 class ClosedError(MaiaError, ValueError):
     """The object, or one that it depends on, has been closed."""
 
@@ -166,6 +170,13 @@ class MemlockLimit(ResourceExhausted):
 
 class ProgramError(MaiaError, ValueError):
     """A program image was refused. The text names the kernel, the field and what is wrong with it."""
+
+
+class KernelNotFound(MaiaError, KeyError):
+    """A program has no kernel of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class FaultCode(enum.IntEnum):

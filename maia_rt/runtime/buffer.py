@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from maia_rt.errors import BufferInUse, ClosedError, InvalidArgument, InvalidType, Unsupported
+from maia_rt.errors import BufferInUse, ClosedError, InvalidArgument, InvalidType, OutOfMemory, Unsupported
 from maia_rt.memory import Space
 from maia_rt.observe.place import Place, here
 from maia_rt.runtime import check, dlpack, strides
@@ -146,7 +146,7 @@ class Memory(abc.ABC):
 
         Raises
         ------
-        InvalidType, InvalidArgument, IndexError, ClosedError
+        InvalidType, InvalidArgument, IndexOutOfRange, ClosedError
         """
         address, size = self.address, self.itemsize
         offset, dims, steps = strides.index(self.shape, self.strides, item)
@@ -308,7 +308,7 @@ class Buffer(Memory):
         if stream is None:
             self.device.synchronize()
             stream = self.device.default_stream
-        stream.copy(found, self)
+        self.device._require_stream(stream).copy(found, self)
         return found
 
     def map(self) -> npt.NDArray[Any]:
@@ -409,7 +409,10 @@ def measure(shape: Shape, dtype: npt.DTypeLike | None) -> tuple[np.dtype[Any] | 
     """Return dtype, shape and bytes of what is to be allocated; InvalidArgument for negative extents."""
     kind = None if dtype is None else check.dtype(dtype)
     dims = check.shape(shape)
-    return kind, dims, math.prod(dims) * (1 if kind is None else kind.itemsize)
+    nbytes = math.prod(dims) * (1 if kind is None else kind.itemsize)
+    if nbytes >= 1 << 62:
+        raise OutOfMemory(f"{nbytes:,} bytes are more than any memory has", hint="look at the shape")
+    return kind, dims, nbytes
 
 
 def _nothing() -> None:

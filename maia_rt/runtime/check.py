@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from maia_rt.contract.program import Image
 from maia_rt.errors import InvalidArgument, InvalidType
 from maia_rt.queue import LONGEST_SECONDS
 
@@ -38,6 +39,13 @@ def instance(value: Any, kind: type[T], what: str, hint: str = "") -> T:
     """Return a value of the kind asked for; InvalidType for others."""
     if not isinstance(value, kind):
         raise InvalidType(f"{what} is {type(value).__name__}, not {_a(kind.__name__)}", hint=hint)
+    return value
+
+
+def image(value: Any) -> Any:
+    """Return a program image, as bytes or parsed."""
+    if not isinstance(value, bytes | bytearray | memoryview | Image):
+        raise InvalidType(f"a program image is {type(value).__name__}, not bytes", hint="read the file in mode 'rb'")
     return value
 
 

@@ -210,6 +210,8 @@ class Device:
                                   f"not {entries}")
         priority = check.integer(priority, "a priority", 0, capabilities.priorities - 1)
         clusters = check.integer(clusters, "a mask of clusters", 0, (1 << capabilities.clusters) - 1)
+        if first_index is not None:
+            first_index = check.integer(first_index, "a first index", 0, (1 << 63) - 1)
         seconds = check.seconds(self.timeout if timeout is None else timeout)
         with self._lock:
             self._reclaimer.collect()
@@ -237,6 +239,7 @@ class Device:
         timing : bool
             Whether recording takes the device's time; ``end - start`` of two such events is in milliseconds.
         """
+        self._require_open()
         return Event(self, timing)
 
     def create_semaphore(self, initial: int = 0) -> Semaphore:
@@ -361,7 +364,7 @@ class Device:
         source = np.ascontiguousarray(array)
         buffer = self.allocate(source.shape, source.dtype)
         try:
-            used = stream or self.default_stream
+            used = self.default_stream if stream is None else self._require_stream(stream)
             used.copy(buffer, source)
             if stream is None:
                 used.synchronize()
@@ -380,7 +383,7 @@ class Device:
         """
         self._require_open()
         self._reclaimer.collect()
-        program = Program(self, image)
+        program = Program(self, check.image(image))
         self._programs.add(program)
         return program
 
@@ -389,6 +392,8 @@ class Device:
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until everything submitted to any stream is done. Raises as :meth:`maia_rt.Stream.synchronize`."""
         self._require_open()
+        if timeout is not None:
+            check.seconds(timeout)
         for stream in self._open_streams():
             with contextlib.suppress(ClosedError):
                 stream.synchronize(timeout)
@@ -499,6 +504,14 @@ class Device:
             raise ForkedError(f"{self.name}: the device was opened before fork", hint="open it anew in the child")
         if self._closed:
             raise ClosedError(f"{self.name}: the device has been closed")
+
+    def _require_stream(self, stream: Any) -> Stream:
+        """Return a stream that is open and this device's."""
+        check.instance(stream, Stream, "a stream", "make one with device.create_stream()")
+        if stream.device is not self:
+            raise InvalidArgument("the stream belongs to another device")
+        stream._require_open()
+        return stream  # type: ignore[no-any-return]
 
     def _open_streams(self) -> Iterator[Stream]:
         return (stream for stream in list(self._streams) if not stream.closed)

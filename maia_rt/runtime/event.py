@@ -6,8 +6,9 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from maia_rt.contract.commands import Opcode
-from maia_rt.errors import InvalidArgument
+from maia_rt.errors import InvalidArgument, InvalidType
 from maia_rt.queue import QueuePair, Timing
+from maia_rt.runtime import check
 
 _NOP: Final = int(Opcode.NOP)
 
@@ -86,6 +87,8 @@ class Event:
             The text says what the stream is at.
         DeviceLost, ForkedError
         """
+        if timeout is not None:
+            check.seconds(timeout)
         if self._queue is not None and not self._queue.done(self._sequence):
             self._queue.wait(self._sequence, timeout)
         if self.device._validator is not None:
@@ -113,7 +116,7 @@ class Event:
     def __sub__(self, start: Event) -> float:
         """Milliseconds of device time from `start` to this event; waits for both. Both must be timed."""
         if not isinstance(start, Event):
-            return NotImplemented
+            raise InvalidType(f"from an event an event is subtracted, not {type(start).__name__}")
         if start.device is not self.device:
             raise InvalidArgument("events of two devices have no common time")
         return (self.time_ns - start.time_ns) / 1e6

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy.typing as npt
 
-from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError, OutOfMemory
+from maia_rt.errors import ClosedError, InvalidArgument, MaiaError, OutOfMemory
 from maia_rt.memory import AddressSpace, Space
 from maia_rt.runtime import allocation
 from maia_rt.runtime.buffer import Buffer, Memory, Shape, measure
@@ -131,8 +131,7 @@ class MemoryPool:
 
     def allocate(self, stream: Stream, shape: Shape, dtype: npt.DTypeLike | None = None) -> Buffer:
         """Allocate in the order of a stream: see :meth:`maia_rt.Stream.allocate`."""
-        if getattr(stream, "device", None) is not self.device:
-            raise InvalidType("stream is no stream of the pool's device")
+        self.device._require_stream(stream)
         kind, dims, nbytes = measure(shape, dtype)
         size = max(-(-nbytes // _GRANULE) * _GRANULE, _GRANULE)
         with self._lock:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maia_rt.contract.program import NUMPY_DTYPES, Arg, ArgKind, Image, KernelImage, read, write
-from maia_rt.errors import ClosedError, InvalidArgument, InvalidType
+from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, KernelNotFound
 from maia_rt.runtime.buffer import Memory
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Program(Mapping[str, Kernel]):
         try:
             return self._kernels[name]
         except KeyError:
-            raise KeyError(f"no kernel {name!r}; there are {', '.join(self._kernels)}") from None
+            raise KernelNotFound(f"no kernel {name!r:.80}; there are {', '.join(self._kernels)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kernels)

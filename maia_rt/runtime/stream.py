@@ -458,7 +458,7 @@ class Stream(Lane):
         """
         self._require_open()
         queue, sequence = self._mark()
-        queue.wait(sequence, self.timeout if timeout is None else timeout)
+        queue.wait(sequence, self.timeout if timeout is None else check.seconds(timeout))
         if self._account.stopped & FAILED:
             raise self._fault()
         if self.device._validator is not None:

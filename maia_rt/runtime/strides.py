@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from maia_rt.errors import InvalidArgument, InvalidType
+from maia_rt.errors import IndexOutOfRange, InvalidArgument, InvalidType
 
 Dims = tuple[int, ...]
 
@@ -55,7 +55,7 @@ def index(shape: Dims, strides: Dims, item: Any) -> tuple[int, Dims, Dims]:
         Something else is among the indices.
     InvalidArgument
         There are too many.
-    IndexError
+    IndexOutOfRange
         One is outside its dimension.
     """
     items = item if isinstance(item, tuple) else (item,)
@@ -92,7 +92,7 @@ def index(shape: Dims, strides: Dims, item: Any) -> tuple[int, Dims, Dims]:
                 raise InvalidType(f"memory is indexed by integers and slices, as in x[3, a:b, ::2], not by "
                                   f"{type(one).__name__}", hint="copy it to the host for other indices") from None
             if isinstance(one, bool) or not -shape[axis] <= at < shape[axis]:
-                raise IndexError(f"index {one} is outside dimension {axis}, which has {shape[axis]} elements")
+                raise IndexOutOfRange(f"index {one} is outside dimension {axis}, which has {shape[axis]} elements")
             offset += (at % shape[axis]) * strides[axis]
         axis += 1
     return offset, tuple(dims), tuple(steps)
