@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maia_rt._fast.ring import Account
+from maia_rt.contract.commands import PostOp
 from maia_rt.contract.program import Image
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError
 from maia_rt.firmware import Capabilities, Firmware, Identity
@@ -260,7 +261,9 @@ class Device:
         pool = self._free_semaphores
         index = pool.take()
         semaphore = Semaphore(self, index, lambda number: self._reclaimer.abandon(lambda: pool.give_back(number)))
-        semaphore.set(initial)
+        if self._validator is not None:
+            self._validator.create_semaphore(index, semaphore.name, initial)
+        self._firmware.post_semaphore(index, PostOp.SET, initial)
         self._semaphores.add(semaphore)
         return semaphore
 

@@ -50,10 +50,10 @@ class Post:
 class SemaphoreHistory:
     """The posts to one semaphore and the waits for it that are open."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, value: int = 0) -> None:
         self.name = name
         self.by_host = False
-        self._base = 0
+        self._base = value
         self._acquired = 0
         self._posts: list[Post] = []
         self._open: list[tuple[Wait, int]] = []
@@ -87,9 +87,7 @@ class SemaphoreHistory:
         """Close a wait if posts that do not wait behind it suffice; raise if only those that do would."""
         free = [post for post in posts if wait not in settle(post.clock).waits]
         if self._reaches(wait.op, needed, free):
-            # Without each of these the value would not be reached, so they are certainly done.
-            sure = [post for post in free if not self._reaches(wait.op, needed, [p for p in free if p is not post])]
-            wait.clock = join(*(post.clock for post in sure)) if sure else Clock({}, frozenset())
+            wait.clock = self._sure(wait.op, needed, free)
         elif newest is not None and not self.by_host and self._reaches(wait.op, needed, posts):
             raise DeadlockError(
                 f"{wait.what}, submitted at {wait.where}; {newest.what}, submitted at {newest.where}, only when that "
@@ -98,6 +96,17 @@ class SemaphoreHistory:
                 hint="signal first, or from a stream that does not wait; a semaphore that the program itself signals "
                      "is set by it once before",
                 where=(wait.where, newest.where))
+
+    def brings(self, op: int, value: int) -> Clock | None:
+        """What is certain to be done once the semaphore has been seen to hold a value."""
+        if self._reaches(op, value, []) or not self._reaches(op, value, self._posts):
+            return None
+        return self._sure(op, value, self._posts)
+
+    def _sure(self, op: int, needed: int, posts: list[Post]) -> Clock:
+        # Without each of these the value would not be reached, so they are certainly done.
+        sure = [post for post in posts if not self._reaches(op, needed, [p for p in posts if p is not post])]
+        return join(*(post.clock for post in sure)) if sure else Clock({}, frozenset())
 
     def _reaches(self, op: int, needed: int, posts: list[Post]) -> bool:
         """Whether these posts may make a wait's condition true. Serial: distances from what the semaphore had."""

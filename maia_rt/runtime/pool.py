@@ -417,5 +417,8 @@ def free(stream: Stream, memory: Memory) -> None:
     stream._require_open()
     if memory._root is not memory:
         raise InvalidArgument(f"{memory!r} is a view, which is not freed", hint="free the buffer that it is a view of")
-    memory.address  # noqa: B018  (raises where it was freed before)
+    address = memory.address  # raises where it was freed before
+    if stream.device._validator is not None:
+        # For others it is as good as written: they may find somebody else's bytes there.
+        stream.device._validator.command(stream, "free", writes=[(address, memory.nbytes, memory)])
     memory._free_after(stream)

@@ -127,6 +127,8 @@ class Semaphore:
                 next_look = now + _ALIVE_SECONDS
             time.sleep(min(pause, max(deadline - now, 0)))
             pause = min(2 * pause, _LONGEST_PAUSE)
+        if self.device._validator is not None:
+            self.device._validator.host_wait(self.index, WAITS[op], value)
 
     @property
     def closed(self) -> bool:

@@ -411,7 +411,7 @@ class Stream(Lane):
             raise Unsupported(f"{self.device.name}: the device cannot wait for values in memory",
                               hint="wait for a semaphore")
         if self.device._validator is not None:
-            self.device._validator.command(self, "wait for a value")
+            self.device._validator.await_word(self, address, value, CONDITIONS[condition], mask)
         self._submit(_WAIT_VALUE, payload=(address, value | mask << 32, CONDITIONS[condition]), unbounded=True)
 
     def write_value(self, memory: Memory, value: int) -> None:
@@ -435,7 +435,7 @@ class Stream(Lane):
         address = self._word(memory)
         value = check.integer(value, "a word", 0, WORD)
         if self.device._validator is not None:
-            self.device._validator.command(self, "write of a value", writes=[(address, 4, memory)])
+            self.device._validator.write_word(self, address, memory, value)
         self._submit(_WRITE_IMM, units=4, payload=(address, value, 0))
 
     # --- waiting -----------------------------------------------------------------------------------------------------

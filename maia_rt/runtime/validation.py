@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from maia_rt.contract.commands import WaitOp
+from maia_rt.contract.commands import Condition, PostOp, WaitOp
 from maia_rt.runtime.accesses import SEGMENTS, Access, AccessHistory
 from maia_rt.runtime.happens_before import Clock, Post, SemaphoreHistory, Wait, join, settle
 
@@ -91,13 +91,12 @@ class Validator:
                 line = self._timeline(stream)
                 line.clock = join(line.clock, clock)
 
-    def follow(self, stream: Stream, other: Stream) -> None:
-        """Take note that what comes on `stream` waits for everything submitted to `other` so far."""
-        with self._lock:
-            line = self._timeline(stream)
-            line.clock = join(line.clock, self._timeline(other).now())
-
     # --- semaphores and memory words ---------------------------------------------------------------------------------
+
+    def create_semaphore(self, semaphore: Hashable, name: str, value: int) -> None:
+        """Take note of a new semaphore that holds `value`."""
+        with self._lock:
+            self._semaphores[semaphore] = SemaphoreHistory(name, value)
 
     def signal(self, stream: Stream, semaphore: Hashable, name: str, op: int, value: int) -> None:
         """Take note of a post.
@@ -134,6 +133,43 @@ class Validator:
             found.block(wait)
             line.clock = join(line.clock, Clock({}, frozenset((wait,))))
 
+    def write_word(self, stream: Stream, address: int, memory: Any, value: int) -> None:
+        """Take note of a command that writes a word of memory, for which others may wait.
+
+        Raises
+        ------
+        RaceError
+            As for :meth:`command`.
+        """
+        with self._lock:
+            self.command(stream, "write of a value", writes=[(address, 4, memory)])
+            self.signal(stream, ("word", address), f"the word at {address:#x}", PostOp.SET, value)
+
+    def await_word(self, stream: Stream, address: int, value: int, condition: int, mask: int) -> None:
+        """Take note of a wait for a word of memory; `condition` is a Condition."""
+        op = {Condition.GE: WaitOp.GE, Condition.EQ: WaitOp.EQ}.get(Condition(condition))
+        # Other comparisons are met by too many values: such a wait is open until the program has seen it done.
+        plain = op is not None and mask == 0xFFFFFFFF
+        key = ("word", address) if plain else ("word", address, object())
+        name = f"the word at {address:#x}"
+        with self._lock:
+            if key not in self._semaphores:
+                # What it holds is not known: nothing that the wait could count on.
+                self._semaphores[key] = SemaphoreHistory(name, (value - _FAR) & 0xFFFFFFFF)
+            # The program writes to memory without a word.
+            self._semaphores[key].by_host = True
+            self.block(stream, key, name, op or WaitOp.GE, value)
+            if not plain:
+                del self._semaphores[key]
+
+    def host_wait(self, semaphore: Hashable, op: int, value: int) -> None:
+        """Take note that the program has seen a semaphore reach a value."""
+        with self._lock:
+            found = self._semaphores.get(semaphore)
+            clock = found.brings(op, value) if found is not None else None
+            if clock is not None:
+                self._see(clock)
+
     def host_signal(self, semaphore: Hashable, name: str, op: int, value: int) -> None:
         """Take note that the program itself set or added to a semaphore: from here on it may do so at any time."""
         with self._lock:
@@ -168,11 +204,6 @@ class Validator:
         with self._lock:
             self._memory.clear(address, size)
 
-    def forget_semaphore(self, semaphore: Hashable) -> None:
-        """Forget a semaphore that was closed."""
-        with self._lock:
-            self._semaphores.pop(semaphore, None)
-
     def clear(self) -> None:
         """Forget everything: the device has been reset."""
         with self._lock:
@@ -186,7 +217,7 @@ class Validator:
         line = self._streams.get(stream)
         if line is None:
             self._numbers += 1
-            line = self._streams[stream] = _Timeline(self._numbers, repr(stream).strip("<>"))
+            line = self._streams[stream] = _Timeline(self._numbers, stream.name)
         # The program submits: what it has seen done is done before.
         line.clock = join(line.clock, self._host)
         return line
@@ -216,4 +247,5 @@ def _caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+_FAR: Final = 1 << 30
 _SIGNS: Final[dict[int, str]] = {WaitOp.GE: ">=", WaitOp.EQ: "==", WaitOp.ACQUIRE: ">=, to take"}

@@ -30,8 +30,8 @@ def test_two_streams_that_write_the_same_bytes_are_a_race_and_nothing_is_submitt
     first, second = two
     with checked.allocate(BYTES) as buffer:
         first.fill(buffer, 1)
-        with pytest.raises(RaceError, match=r"fill on Stream .* writes <Buffer 4096 bytes.*test_validation.*fill on "
-                                            r"Stream .* writes it, submitted at .*test_validation.*nothing orders"
+        with pytest.raises(RaceError, match=r"fill on stream \d+ writes <Buffer 4096 bytes.*test_validation.*fill on "
+                                            r"stream \d+ writes it, submitted at .*test_validation.*nothing orders"
                            ) as caught:
             second.fill(buffer, 2)
         assert second.statistics().submitted == 0
@@ -238,3 +238,84 @@ def test_semaphores_may_wrap(checked, two):
         validator.signal(first, 100, "semaphore 100", PostOp.ADD, 3)
         validator.block(second, 100, "semaphore 100", WaitOp.GE, 2)
         second.fill(buffer, 2)
+
+
+# As programs use them.
+
+
+def test_semaphores_of_streams_and_of_the_program_order_what_they_let_go_on(checked, two):
+    first, second = two
+    with checked.allocate(BYTES) as buffer, checked.create_semaphore(7) as semaphore:
+        second.wait(semaphore, 8)
+        first.fill(buffer, 1)
+        first.signal(semaphore)
+        second.fill(buffer, 2)
+        second.signal(semaphore)
+        semaphore.wait(9)
+        first.fill(buffer, 3)
+        first.synchronize()
+        second.synchronize()
+
+
+def test_a_semaphore_that_holds_the_value_already_orders_nothing(checked, two):
+    first, second = two
+    with checked.allocate(BYTES) as buffer, checked.create_semaphore(7) as semaphore:
+        first.fill(buffer, 1)
+        first.signal(semaphore)
+        second.wait(semaphore, 7)
+        with pytest.raises(RaceError):
+            second.fill(buffer, 2)
+        checked.synchronize()
+
+
+def test_a_deadlock_is_refused_at_the_signal_that_would_complete_it(checked, two):
+    first, second = two
+    with checked.create_semaphore() as here, checked.create_semaphore() as there:
+        first.wait(here, 1)
+        first.signal(there)
+        second.wait(there, 1)
+        with pytest.raises(DeadlockError, match=rf"{first.name}.* waits for {here.name} >= 1, .*; .*{second.name}.* "
+                                                rf"signals {here.name}"):
+            second.signal(here)
+        here.set(1)
+        checked.synchronize()
+
+
+def test_a_word_of_memory_orders_like_a_semaphore(checked, two):
+    first, second = two
+    with checked.allocate(BYTES) as buffer, checked.allocate_host(1, np.uint32) as word:
+        word.array[:] = 0
+        first.fill(buffer, 1)
+        first.write_value(word, 5)
+        second.wait_value(word, 5)
+        second.fill(buffer, 2)
+        checked.synchronize()
+        word.array[:] = 0
+        second.wait_value(word, 1, condition="and")
+        second.fill(buffer, 3)
+        word.array[:] = 1
+        second.synchronize()
+        first.fill(buffer, 4)
+        checked.synchronize()
+
+
+def test_memory_freed_while_another_stream_uses_it_is_a_race(checked, two):
+    first, second = two
+    buffer = first.allocate(BYTES)
+    first.fill(buffer, 1)
+    second.wait(first)
+    second.fill(buffer, 2)
+    with pytest.raises(RaceError, match=r"free on .* writes"):
+        first.free(buffer)
+    first.wait(second)
+    first.free(buffer)
+    checked.synchronize()
+
+
+def test_a_fence_orders_all_streams(checked, two):
+    first, second = two
+    with checked.allocate(BYTES) as buffer:
+        first.fill(buffer, 1)
+        checked.fence()
+        second.fill(buffer, 2)
+        checked.synchronize()

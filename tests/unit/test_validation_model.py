@@ -24,6 +24,8 @@ STEPS = st.one_of(
 class Key:
     """Something that is a stream or an event to the validator."""
 
+    name = "it"
+
 
 class Model:
     """Each command: its stream, what it touches, and the set of all commands that are done before it."""
