@@ -1,4 +1,4 @@
-"""What contract 1.1 added, through the socket: by a raw client whose memory is mapped, and by one that is asked for it."""
+"""What contract 1.1 added, through the socket: with the client's memory mapped, and by messages."""
 
 import struct
 import time
