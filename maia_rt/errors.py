@@ -131,7 +131,8 @@ class RaceError(MaiaError):
 
 
 class DeadlockError(MaiaError):
-    """Validation: every signal that a wait needs waits behind it.
+    """A wait that would never end. Validation: every signal that it needs waits behind it. Callbacks: a function that a
+    stream called waits for that stream.
 
     Attributes
     ----------
@@ -298,3 +299,26 @@ class DeviceFault(MaiaError):
         if notes:
             what += f" ({', '.join(notes)})"
         super().__init__(what, cause=row.meaning, hint=row.recovery)
+
+
+class CallbackError(DeviceFault):
+    """A function that a stream called raised an exception: that is the ``__cause__``.
+
+    What the stream was to do after it has not run; the stream goes on after :meth:`maia_rt.Stream.recover`.
+    """
+
+    def __init__(self, raised: BaseException, **facts: Any) -> None:
+        super().__init__(**facts)
+        at = f", called at {self.where}" if self.where else ""
+        who = f"{self.device}: {self.stream or f'queue {self.queue}'}"
+        MaiaError.__init__(self, f"{who}: a function raised {type(raised).__name__}: {raised}{at}",
+                           cause="see the exception that this one was caused by",
+                           hint="mend the function; stream.recover() lets the stream go on")
+        self.__cause__ = raised
+
+
+def device_fault(facts: dict[str, Any]) -> DeviceFault:
+    """Return the error for a fault's facts; with ``raised``, for a function of the program that failed."""
+    if "raised" in facts:
+        return CallbackError(**facts)
+    return DeviceFault(**facts)

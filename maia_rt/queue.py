@@ -27,12 +27,12 @@ from maia_rt.contract.commands import COMMAND_BYTES, CREATE_QUEUE, DOORBELL_STRI
 from maia_rt.diagnosis import fault_facts, timeout_error
 from maia_rt.errors import (
     ClosedError,
-    DeviceFault,
     DeviceLost,
     FaultCode,
     ForkedError,
     InvalidArgument,
     MaiaError,
+    device_fault,
 )
 from maia_rt.loss import Loss, LostCommand, charge
 from maia_rt.memory import PinnedBlock, PinnedPool
@@ -147,6 +147,7 @@ class QueuePair:
         self._reports = threading.Lock()
         self._repairing = threading.Lock()
         self._closing = False
+        self._raised: dict[int, BaseException] = {}
         self._losses: deque[Loss] = deque(maxlen=_LOSSES)
         self._failed = 0
         self._aborted = 0
@@ -310,6 +311,8 @@ class QueuePair:
         try:
             _, _, failed = ring.state
             facts = fault_facts(ring, self._port, self.id, failed, self._describe)
+            if failed in self._raised:
+                facts["raised"] = self._raised.pop(failed)
             lost = ring.void(failed, ring.owner(failed) or None)
             if not lost or lost[0][0] != failed:
                 # Nobody's command: then it is everybody's fault.
@@ -340,13 +343,19 @@ class QueuePair:
                         queue.abort_first(owner)
             self._losses.append(Loss((command.sequence for command in commands), found))
 
-    def abort(self, sequence: int, number: int) -> bool:
-        """Have the device fail a command of the stream `number`; say whether it was not done yet."""
+    def abort(self, sequence: int, number: int, raised: BaseException | None = None) -> bool:
+        """Have the device fail a command of the stream `number`; say whether it was not done yet.
+
+        Where it waits for a function, `raised` is what that raised: then the fault is a CallbackError.
+        """
         if sequence not in self.ring.outstanding(number):
             return False
+        if raised is not None:
+            self._raised[sequence] = raised
         try:
             self._admin.abort(self.id, sequence)
         except InvalidArgument:  # done meanwhile
+            self._raised.pop(sequence, None)
             return False
         return True
 
@@ -364,7 +373,7 @@ class QueuePair:
         """Raise the DeviceFault that the command `sequence` was lost to, if it was."""
         for loss in list(self._losses):
             if sequence in loss:
-                raise DeviceFault(**loss.facts)
+                raise device_fault(loss.facts)
 
     # --- life --------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from maia_rt._fast.waiters cimport Waiters, pthread_mutex_t
 cdef class Account:
     cdef readonly uint32_t number
     cdef readonly str name
+    cdef readonly uint32_t priority
     cdef public uint64_t last
     cdef public uint64_t submitted
     cdef readonly uint32_t stopped

@@ -87,6 +87,8 @@ cdef class Account:
         From 1; marks its commands in the rings.
     name : str
         For error texts.
+    priority : int
+        Of the queue that it wants, larger is more urgent.
 
     Attributes
     ----------
@@ -106,9 +108,10 @@ cdef class Account:
         By queue that the stream has left: its last sequence number there.
     """
 
-    def __init__(self, uint32_t number, str name):
+    def __init__(self, uint32_t number, str name, uint32_t priority=0):
         self.number = number
         self.name = name
+        self.priority = priority
         self.lost = []
         self.queues = {}
 
@@ -812,6 +815,7 @@ def _forget_in_child():
     cdef Ring ring
     for ring in list(_live):
         ring.gate = FORKED
+        store32(&ring.waiters.closing, 1)
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -21,9 +21,16 @@ cdef struct waiter_t:
     uint32_t leads
     waiter_t *next
 
+cdef struct watch_t:
+    uint64_t sequence   # the smallest that is wanted; valid while `wanting`
+    bint wanting
+    int fd
+    watch_t *next
+
 cdef class Waiters:
     cdef pthread_mutex_t mutex
     cdef waiter_t *first
+    cdef watch_t *watches
     cdef const progress_t *progress
     cdef unsigned char *doorbell
     cdef bint can_sleep
@@ -31,7 +38,7 @@ cdef class Waiters:
     cdef uint64_t armed
     cdef uint32_t closing
     cdef int active
-    cdef int queue_fd
+    cdef readonly int queue_fd
     cdef int liveness_fd
     cdef int event_fd
     cdef int spares[16]
@@ -50,3 +57,7 @@ cdef class Waiters:
     cdef bint shut(self, int64_t timeout_ns)
     cdef bint device_sleeps(self) noexcept nogil
     cdef int wake_device(self) except -1
+
+cdef class Watch:
+    cdef watch_t me
+    cdef readonly Waiters waiters

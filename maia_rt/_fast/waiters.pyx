@@ -5,12 +5,15 @@ Several threads may wait for different sequence numbers of one queue, which has 
 
     leader      polls the queue's eventfd, the transport and the device's event vector
     followers   poll an eventfd of their own, which the leader writes when they are done or shall lead
+    watches     are no threads but event loops: each has an eventfd that is written when it is done, and polls it beside
+                the queue's. Whichever thread or loop finds that one readable does the leader's work.
 
 ARM always holds the smallest sequence that anybody waits for. Whoever stores it fences and reads progress again; the
 device does the same the other way round (progress, fence, ARM), so one of the two sees the other and no wake-up is
 lost. The mutex is held for a few loads and stores only and never while the GIL is taken.
 """
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -125,11 +128,16 @@ cdef class Waiters:
     cdef void kick_all(self) noexcept nogil:
         """Make everybody look again: the device told that something happened, or the queue closes."""
         cdef waiter_t *waiter
+        cdef watch_t *watch
         pthread_mutex_lock(&self.mutex)
         waiter = self.first
         while waiter != NULL:
             kick(waiter.fd)
             waiter = waiter.next
+        watch = self.watches
+        while watch != NULL:
+            kick(watch.fd)
+            watch = watch.next
         pthread_mutex_unlock(&self.mutex)
 
     cdef int rearm(self) except -1:
@@ -173,6 +181,94 @@ cdef class Waiters:
         self.wake()
         self.woken = sleep
         return 0
+
+
+@cython.no_gc_clear  # its end needs the waiters
+cdef class Watch:
+    """A wait for a queue that no thread sits in; for event loops.
+
+    Poll `fd` and a duplicate of the queue's eventfd; when one is readable, call `serve` and look how far the queue is.
+    Any thread may call, all with the GIL. It ends with its last reference, or with `close`.
+
+    Parameters
+    ----------
+    waiters : Waiters
+    """
+
+    def __cinit__(self):
+        self.me.fd = -1
+
+    def __init__(self, Waiters waiters not None):
+        if self.waiters is not None:
+            raise TypeError("a watch is made once")
+        self.me.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.me.fd < 0:
+            raise OSError(errno, "eventfd")
+        self.waiters = waiters
+        # Who holds the mutex never waits for the GIL.
+        pthread_mutex_lock(&waiters.mutex)
+        self.me.next = waiters.watches
+        waiters.watches = &self.me
+        pthread_mutex_unlock(&waiters.mutex)
+
+    def __dealloc__(self):
+        Watch_end(self)
+
+    @property
+    def fd(self):
+        """An eventfd that becomes readable when it is time to look; -1 once it has been closed."""
+        return self.me.fd
+
+    def want(self, sequence):
+        """Have `fd` written once progress reaches `sequence`, or the queue stops. None: want nothing."""
+        cdef bint must_wake = False
+        if self.me.fd < 0:
+            return
+        pthread_mutex_lock(&self.waiters.mutex)
+        self.me.wanting = False
+        if sequence is not None:
+            self.me.sequence = sequence
+            self.me.wanting = True
+        # A queue that is closed, or of before a fork, has no memory any more.
+        if not load32(&self.waiters.closing):
+            must_wake = Waiters_arm(self.waiters)
+        pthread_mutex_unlock(&self.waiters.mutex)
+        if must_wake:
+            self.waiters.wake_device()
+
+    def serve(self):
+        """Take what the eventfds say, and tell those who are done."""
+        cdef bint must_wake = False
+        if self.me.fd < 0:
+            return
+        drain(self.me.fd)
+        if load32(&self.waiters.closing):
+            return
+        drain(self.waiters.queue_fd)
+        pthread_mutex_lock(&self.waiters.mutex)
+        self.me.wanting = False
+        must_wake = Waiters_arm(self.waiters)
+        pthread_mutex_unlock(&self.waiters.mutex)
+        if must_wake:
+            self.waiters.wake_device()
+
+    def close(self):
+        """End it. Idempotent."""
+        Watch_end(self)
+
+
+cdef void Watch_end(Watch self) noexcept:
+    cdef watch_t **link
+    if self.me.fd < 0:
+        return
+    pthread_mutex_lock(&self.waiters.mutex)
+    link = &self.waiters.watches
+    while link[0] != &self.me:
+        link = &link[0].next
+    link[0] = self.me.next
+    pthread_mutex_unlock(&self.waiters.mutex)
+    close(self.me.fd)
+    self.me.fd = -1
 
 
 cdef int Waiters_spin(Waiters self, uint64_t sequence, int64_t budget_ns, int64_t start) noexcept nogil:
@@ -276,6 +372,7 @@ cdef int Waiters_sleep(Waiters self, waiter_t *me, int64_t deadline, bint must_w
 cdef bint Waiters_arm(Waiters self) noexcept nogil:
     """Tell those who are done and arm for the next; called with the mutex. Return whether the device must be woken."""
     cdef waiter_t *waiter
+    cdef watch_t *watch
     cdef uint64_t progress, lowest = 0
     cdef uint32_t stopped
     cdef bint found, must_wake = False
@@ -291,6 +388,17 @@ cdef bint Waiters_arm(Waiters self) noexcept nogil:
                 found = True
                 lowest = waiter.sequence
             waiter = waiter.next
+        watch = self.watches
+        while watch != NULL:
+            if watch.wanting:
+                if stopped or <int64_t>(progress - watch.sequence) >= 0:
+                    # Once: a loop need not run in circles while somebody repairs the queue.
+                    watch.wanting = False
+                    kick(watch.fd)
+                elif not found or <int64_t>(watch.sequence - lowest) < 0:
+                    found = True
+                    lowest = watch.sequence
+            watch = watch.next
         if not found or lowest == self.armed:
             return must_wake
         self.armed = lowest
@@ -314,6 +422,7 @@ cdef bint Waiters_leave(Waiters self, waiter_t *me) noexcept nogil:
         if me.leads:
             store32(&self.first.leads, 1)
             kick(self.first.fd)
+    if self.first != NULL or self.watches != NULL:
         must_wake = Waiters_arm(self)
     drain(me.fd)
     if self.spare_count < 16:

@@ -28,6 +28,7 @@ from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
 from maia_rt.runtime import allocation, check
 from maia_rt.runtime.addresses import AddressBook
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
+from maia_rt.runtime.callback import Dispatcher
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
@@ -89,6 +90,7 @@ class Device:
         self._message_service = MessageService(transport)
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._semaphores: weakref.WeakSet[Semaphore] = weakref.WeakSet()
+        self._dispatcher: Dispatcher | None = None
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
         self._addresses = AddressBook(self._memories)
@@ -217,8 +219,8 @@ class Device:
         with self._lock:
             self._reclaimer.collect()
             number = next(self._numbers)
-            account = Account(number, f"stream {number}")
-            queue = self._queues.join(account, entries, priority, first_index)
+            account = Account(number, f"stream {number}", priority)
+            queue = self._queues.join(account, entries, first_index)
             account.last = queue.ring.initial
             stream = Stream(self, account, queue, seconds, priority, clusters)
             self._streams.add(stream)
@@ -454,6 +456,8 @@ class Device:
                 with contextlib.suppress(MaiaError):
                     stream.synchronize(max(deadline - time.monotonic(), 0))
             self._running = False
+            if self._dispatcher is not None:
+                self._dispatcher.close()
             if firmware is not None:
                 # So that nothing touches what its children give back below.
                 firmware.stop()
@@ -494,6 +498,8 @@ class Device:
             warnings.warn(f"device {self.name} was not closed", ResourceWarning, stacklevel=2, source=self)
             if self._live is not None:
                 self._live.close()
+            if self._dispatcher is not None:
+                self._dispatcher.end()
             # The transport may not be called here. It goes with the device, and takes from the hardware what it had.
             self._firmware.close()
 
@@ -515,6 +521,13 @@ class Device:
             raise InvalidArgument("the stream belongs to another device")
         stream._require_open()
         return stream  # type: ignore[no-any-return]
+
+    def _callbacks(self) -> Dispatcher:
+        with self._lock:
+            self._require_open()
+            if self._dispatcher is None:
+                self._dispatcher = Dispatcher(self.name)
+            return self._dispatcher
 
     def _open_streams(self) -> Iterator[Stream]:
         return (stream for stream in list(self._streams) if not stream.closed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Final
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final
 
 from maia_rt.contract.commands import Opcode
 from maia_rt.errors import InvalidArgument, InvalidType
 from maia_rt.queue import QueuePair, Timing
 from maia_rt.runtime import check
+from maia_rt.runtime.awaiting import reach
 
 _NOP: Final = int(Opcode.NOP)
 
@@ -90,9 +92,40 @@ class Event:
         if timeout is not None:
             check.seconds(timeout)
         if self._queue is not None and not self._queue.done(self._sequence):
+            if self.device._dispatcher is not None:
+                self.device._dispatcher.refuse_wait(self.stream)
             self._queue.wait(self._sequence, timeout)
         if self.device._validator is not None:
             self.device._validator.reached(self)
+
+    async def synchronize_async(self, timeout: float | None = None) -> None:
+        """Wait in asyncio until everything before the event is done; ``await event`` is the same without a time-out.
+
+        The event loop's selector waits, beside everything else that the loop does: no thread.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            In seconds; the device's by default.
+
+        Raises
+        ------
+        DeviceFault
+            Something before it failed.
+        DeviceTimeout
+            The text says what the stream is at.
+        DeviceLost, ClosedError, ForkedError
+        """
+        queue, sequence = self._queue, self._sequence
+        seconds = self.device.timeout if timeout is None else check.seconds(timeout)
+        if queue is not None:
+            await reach(queue, sequence, seconds)
+        if self.device._validator is not None:
+            self.device._validator.reached(self)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait in asyncio; see :meth:`synchronize_async`."""
+        return self.synchronize_async().__await__()
 
     @property
     def time_ns(self) -> int:

@@ -146,7 +146,7 @@ class QueueTable:
         place = self._places.get(queue)
         return [account.name for account in list(place.streams.values())] if place else []
 
-    def join(self, account: Account, entries: int, priority: int, first_index: int | None) -> QueuePair:
+    def join(self, account: Account, entries: int, first_index: int | None) -> QueuePair:
         """Give a new stream its queue: one of its own, or the one with the fewest streams of its priority.
 
         Raises
@@ -156,7 +156,7 @@ class QueueTable:
         """
         with self._lock:
             self.collect()
-            place = self._find(priority, entries, first_index)
+            place = self._find(account.priority, entries, first_index)
             place.join(account)
             return place.queue
 
@@ -179,7 +179,7 @@ class QueueTable:
                 account.go(MOVE)
                 return
             queue = place.queue
-            target = self._find(place.priority, queue.ring.entries, None)
+            target = self._find(account.priority, queue.ring.entries, None)
             last = max(account.last, account.follow)
             # It is known there before anything of it is: a fault finds the account by its number.
             target.join(account)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,11 +15,22 @@ import numpy.typing as npt
 from maia_rt._fast.lane import Lane
 from maia_rt._fast.ring import Account
 from maia_rt.contract.commands import Condition, Opcode, WaitOp
-from maia_rt.errors import ClosedError, DeviceFault, FaultCode, InvalidArgument, InvalidType, MaiaError, Unsupported
+from maia_rt.errors import (
+    ClosedError,
+    DeviceFault,
+    FaultCode,
+    InvalidArgument,
+    InvalidType,
+    MaiaError,
+    Unsupported,
+    device_fault,
+)
 from maia_rt.loss import LostCommand
 from maia_rt.queue import FAILED, QueuePair
 from maia_rt.runtime import check
+from maia_rt.runtime.awaiting import reach
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
+from maia_rt.runtime.callback import StreamCalls
 from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pool import MemoryPool, allocate, free
@@ -96,6 +107,7 @@ class Stream(Lane):
         self.clusters = clusters
         self._closed = False
         self._staging: Staging | None = None
+        self._calls: StreamCalls | None = None
         self._staging_lock = threading.RLock()
 
     # --- commands ----------------------------------------------------------------------------------------------------
@@ -438,6 +450,36 @@ class Stream(Lane):
             self.device._validator.write_word(self, address, memory, value)
         self._submit(_WRITE_IMM, units=4, payload=(address, value, 0))
 
+    def call(self, function: Callable[..., object], *args: Any) -> None:
+        """Call a function of the program when everything submitted so far is done; what comes after waits for it.
+
+        The program goes on at once. A thread of the device's own calls, one function after the other for all of its
+        streams. So a function may submit to any stream, but should be short, and must not wait for a stream that waits
+        for a call: where that is seen it raises DeadlockError.
+
+        Parameters
+        ----------
+        function : callable
+        *args
+            What it is called with. What it returns is ignored. If it raises, the stream fails with CallbackError, and
+            what was submitted after it does not run. Where a command before it failed it is never called.
+
+        Raises
+        ------
+        OutOfQueues
+            A call needs a queue for its stream alone while it is outstanding, and none would be left for others.
+        OutOfSemaphores, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
+        """
+        if self._capture is not None:
+            self._capture.call(function, *args)
+            return
+        self._require_open()
+        with self._staging_lock:
+            if self._calls is None:
+                self._calls = StreamCalls(self.device.create_semaphore())
+            calls = self._calls
+        self.device._callbacks().call(self, calls, function, args)
+
     # --- waiting -----------------------------------------------------------------------------------------------------
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -458,7 +500,32 @@ class Stream(Lane):
         """
         self._require_open()
         queue, sequence = self._mark()
+        if self.device._dispatcher is not None:
+            self.device._dispatcher.refuse_wait(self)
         queue.wait(sequence, self.timeout if timeout is None else check.seconds(timeout))
+        if self._account.stopped & FAILED:
+            raise self._fault()
+        if self.device._validator is not None:
+            self.device._validator.synchronized(self)
+
+    async def synchronize_async(self, timeout: float | None = None) -> None:
+        """Wait in asyncio until everything submitted so far is done.
+
+        The event loop's selector waits, beside everything else that the loop does: no thread.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            In seconds; the stream's by default.
+
+        Raises
+        ------
+        DeviceFault, DeviceTimeout, DeviceLost, ClosedError, ForkedError
+            As :meth:`synchronize`.
+        """
+        self._require_open()
+        queue, sequence = self._mark()
+        await reach(queue, sequence, self.timeout if timeout is None else check.seconds(timeout))
         if self._account.stopped & FAILED:
             raise self._fault()
         if self.device._validator is not None:
@@ -560,7 +627,7 @@ class Stream(Lane):
         if facts is None:  # another thread has just recovered the stream
             return DeviceFault(FaultCode.RESET, device=self.device.name, queue=self._queue.id,
                                sequence=self._account.last, stream=self.name)
-        return DeviceFault(**facts)
+        return device_fault(facts)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -604,6 +671,8 @@ class Stream(Lane):
         self._account.stop(CLOSED)
         with self._staging_lock:
             staging, self._staging = self._staging, None
+        if self._calls is not None:
+            self._calls.semaphore.close()
         self.device._return_queue(self._account, self._queue, staging)
 
     def _stopped(self) -> None:
@@ -629,6 +698,8 @@ class Stream(Lane):
     def __del__(self) -> None:
         if hasattr(self, "_staging_lock") and not self.closed and not self.device.closed:
             warnings.warn("a stream was not closed", ResourceWarning, stacklevel=2, source=self)
+            if self._calls is not None:
+                self._calls.semaphore.close()
             self.device._abandon_queue(self._account, self._queue, self._staging)
 
     def __repr__(self) -> str:
