@@ -17,7 +17,7 @@ if os.environ.get("MAIA_SANITIZE"):
 CSRC = "emulator/maia_emulator/csrc"
 # The C beside a .pyx, by the extension's last name, and what its loops need to become vector code.
 C_SOURCES = {
-    "macro_ops": [f"{CSRC}/numerics.c"],
+    "macro_ops": [f"{CSRC}/numerics.c", f"{CSRC}/conversions.c"],
     "commands": [f"{CSRC}/crc32.c"],
     "lane": ["maia_rt/_fast/csrc/site.c"],
 }

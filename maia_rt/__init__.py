@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maia_rt.contract.dtype import Dtype
+    from maia_rt.contract.microscaling import from_mx, to_mx
     from maia_rt.loss import LostCommand
     from maia_rt.memory import Space
     from maia_rt.runtime.buffer import Buffer
@@ -28,6 +30,7 @@ __all__ = [
     "CopyPath",
     "Device",
     "DeviceInfo",
+    "Dtype",
     "Event",
     "HangLink",
     "HangReport",
@@ -46,7 +49,9 @@ __all__ = [
     "__version__",
     "devices",
     "from_dlpack",
+    "from_mx",
     "open",
+    "to_mx",
 ]
 
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
@@ -56,13 +61,16 @@ _HOMES = {
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
+    "Dtype": "contract.dtype", "from_mx": "contract.microscaling", "to_mx": "contract.microscaling",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'maia_rt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"maia_rt.runtime.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    module = f"maia_rt.{home}" if "." in home else f"maia_rt.runtime.{home}"
+    value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maia_rt.contract.commands import CONTRACT_MAJOR
+from maia_rt.contract.dtype import MX_DTYPES, Dtype
 from maia_rt.contract.program import Capabilities as ProgramCapabilities
-from maia_rt.contract.program import Dtype
 from maia_rt.contract.registers import BAR0, BAR0_BYTES, Bar0
 from maia_rt.errors import ContractMismatch, DeviceLost
 from maia_rt.transport import Transport
@@ -68,6 +68,10 @@ class Capabilities:
                                    self.max_kernels, self.dtypes)
 
 
+_ALWAYS = (Dtype.INT32, Dtype.UINT8)
+"""What every device moves and gathers with; the other types have a bit, FP8 and MX one for the family."""
+
+
 def read_capabilities(transport: Transport) -> Capabilities:
     """Check that the device is one of ours and read what it offers.
 
@@ -102,8 +106,7 @@ def read_capabilities(transport: Transport) -> Capabilities:
     device, caps, queues, semaphores, contexts, programs, topology, scheduling = (
         BAR0[r].decode(register(r)) for r in ("DEVICE", "CAPS", "QUEUE_CAPS", "SEMAPHORE_CAPS", "CONTEXT_CAPS",
                                                "PROGRAM_CAPS", "TOPOLOGY", "SCHEDULING_CAPS"))
-    floats = {Dtype.FP32, Dtype.FP16, Dtype.BF16}
-    lacking = {d for d in floats if not caps[d.name]}
+    lacking = {d for d in Dtype if d not in _ALWAYS and not caps["MX" if d in MX_DTYPES else d.name.split("_")[0]]}
     return Capabilities(
         contract=(version["MAJOR"], version["MINOR"]), profile=device["PROFILE"],
         emulated=bool(device["EMULATED"]), revision=device["REVISION"], serial=register("SERIAL"),

@@ -35,7 +35,7 @@ import numpy as np
 
 from maia_emulator.engine import AdminError
 from maia_emulator.profiles import Profile
-from maia_rt.contract import program
+from maia_rt.contract import program, verifier
 from maia_rt.contract.commands import (
     CONTRACT_MAJOR,
     CONTRACT_MINOR,
@@ -149,7 +149,7 @@ class AdminCommands:
                     f"program refused: image: {size} bytes; an image has at most {program.MAX_IMAGE_BYTES}"
                 )
             image = program.read(self._read(address, size))
-            program.verify(image, self._profile.program_capabilities)
+            verifier.verify(image, self._profile.program_capabilities)
         except ProgramError as error:
             if message and message_size:
                 self._write(message, _message(error.what, message_size))

@@ -170,7 +170,7 @@ def _constants(profile: Profile, engine: Engine, serial: int) -> dict[str, int]:
         "DEVICE": pack("DEVICE", PROFILE=profile.id, EMULATED=1),
         "SERIAL": serial,
         "CAPS": pack("CAPS", NEEDS_WAKE=1, INDIRECT=1, SIGNAL_REMOTE=1, CRC=1, FP32=1, FP16=1, BF16=1,
-                     WAIT_VALUE=1, BRANCH=1, LIST_OPTIONS=1, CRC_COMPARE=1),
+                     WAIT_VALUE=1, BRANCH=1, LIST_OPTIONS=1, CRC_COMPARE=1, FP8=1, MX=1, INT8=1),
         "QUEUE_CAPS": pack("QUEUE_CAPS", MAX_QUEUES=profile.max_queues, MAX_ENTRIES_LOG2=profile.max_entries_log2,
                            MIN_ENTRIES_LOG2=profile.min_entries_log2),
         "SCHEDULING_CAPS": pack("SCHEDULING_CAPS", PRIORITIES=profile.priorities),

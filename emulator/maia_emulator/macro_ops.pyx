@@ -36,6 +36,9 @@ from maia_rt._fast.commands cimport (
     operand_t,
 )
 
+cdef extern from "conversions.h" nogil:
+    void maia_conversion_tables()
+
 cdef extern from "numerics.h" nogil:
     ctypedef struct maia_operand:
         char *data
@@ -73,6 +76,7 @@ def _use_blas():
     return "plain loop"
 
 
+maia_conversion_tables()
 BLAS = _use_blas()
 """What multiplies matrices here."""
 

@@ -110,8 +110,9 @@ cdef class Tiles:
         self.threads.clear()
 
     def _work(self, int index):
-        # Room for three matrices, or four rows, of a whole SRAM each in 16-bit elements, widened.
-        cdef size_t size = <size_t> 8 * self.memory.tile_bytes + 4096
+        # Room for four rows, or three matrices, of a whole SRAM each in the smallest elements (MXFP4), widened. Nothing
+        # of it is there before it is written.
+        cdef size_t size = <size_t> 32 * self.memory.tile_bytes + 4096
         cdef void *scratch = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                                   -1, 0)
         if scratch == MAP_FAILED:

@@ -24,8 +24,9 @@ cdef enum:
     INJECT_ENDS = 2
     INJECT_DRAWN = 4
     MAX_INJECTIONS = 32
+    MX_BLOCK = 32
     IMAGE_MAJOR = 1
-    IMAGE_MINOR = 0
+    IMAGE_MINOR = 1
     MAX_IMAGE_BYTES = 0x4000000
     SHARED_SEMAPHORE = 0x8000
 
@@ -173,6 +174,15 @@ cdef enum:
     DTYPE_BF16 = 0x3
     DTYPE_INT32 = 0x4
     DTYPE_UINT8 = 0x5
+    DTYPE_INT8 = 0x6
+    DTYPE_FP8_E4M3 = 0x7
+    DTYPE_FP8_E5M2 = 0x8
+    DTYPE_MXFP8_E4M3 = 0x9
+    DTYPE_MXFP8_E5M2 = 0xa
+    DTYPE_MXFP6_E2M3 = 0xb
+    DTYPE_MXFP6_E3M2 = 0xc
+    DTYPE_MXFP4_E2M1 = 0xd
+    DTYPE_MXINT8 = 0xe
 
 cdef enum:
     ARG_IN = 0x1

@@ -18,7 +18,7 @@ from maia_rt.contract.program import Arg, ArgKind, Capabilities, Dtype, Engine, 
 from maia_rt.errors import InvalidArgument, InvalidType, ProgramError
 from maia_rt.kernels.operation import Operation, encode
 from maia_rt.kernels.tile import Scalar, TileBuilder
-from maia_rt.kernels.view import WIDTHS, View, contiguous_strides
+from maia_rt.kernels.view import View, contiguous_strides
 
 
 class KernelBuilder:
@@ -64,7 +64,7 @@ class KernelBuilder:
             IN, OUT or INOUT.
         dtype : Dtype
         shape : sequence of int
-            In elements, C order.
+            In elements, C order; the last axis of an MX type is a multiple of 32.
 
         Returns
         -------
@@ -79,8 +79,9 @@ class KernelBuilder:
         if not extents or min(extents) < 1 or kind is ArgKind.SCALAR:
             raise InvalidArgument(f"kernel {self.name!r}: argument {name!r} of shape {extents}",
                                   cause="a buffer argument has one axis or more, each of one element or more")
+        strides = contiguous_strides(extents, dtype)
         self._declare(Arg(name, kind, dtype, extents))
-        return View(Space.ARG, len(self._args) - 1, 0, dtype, extents, contiguous_strides(extents, WIDTHS[dtype]), None)
+        return View(Space.ARG, len(self._args) - 1, 0, dtype, extents, strides, None)
 
     def scalar(self, name: str) -> Scalar:
         """Declare the next argument as an FP32 number given at launch."""

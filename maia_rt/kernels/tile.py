@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from maia_rt.contract.dtype import FLOATS, INTEGERS, MX_DTYPES
 from maia_rt.contract.program import Arg, Capabilities, Dtype, Engine, MacroOp, OpFlag, Space
 from maia_rt.errors import InvalidArgument, InvalidType, ProgramError
 from maia_rt.kernels.operation import NO_OPERAND, Operand, Operation
-from maia_rt.kernels.view import WIDTHS, Allocation, View, contiguous_strides
+from maia_rt.kernels.view import Allocation, View, contiguous_strides, nbytes_of
 
 SRAM_ALIGNMENT = 64
 """Bytes; a vector register of the widest hosts."""
@@ -54,16 +55,15 @@ class TileBuilder:
             The tile has less SRAM than that.
         """
         extents = tuple(int(e) for e in shape)
-        nbytes = WIDTHS[dtype]
-        for extent in extents:
-            nbytes *= extent
+        strides = contiguous_strides(extents, dtype)
+        nbytes = nbytes_of(extents, dtype)
         offset = self.used
         end = offset + -(-nbytes // SRAM_ALIGNMENT) * SRAM_ALIGNMENT
         if end > self._capabilities.tile_sram_bytes:
             raise ProgramError(f"kernel {self._kernel!r} needs {end} bytes of SRAM in tile {self.number}",
                                cause=f"a tile has {self._capabilities.tile_sram_bytes}", hint="use smaller blocks")
         self.used = end
-        return View(Space.TILE, 0, offset, dtype, extents, contiguous_strides(extents, WIDTHS[dtype]),
+        return View(Space.TILE, 0, offset, dtype, extents, strides,
                     Allocation(self.number, offset, nbytes))
 
     def ring(self, count: int, shape: Sequence[int], dtype: Dtype) -> Ring:
@@ -81,6 +81,8 @@ class TileBuilder:
         source = _like(src, dst)
         if dst.dtype is not src.dtype:
             raise InvalidType(f"move from {src.dtype.name} to {dst.dtype.name}", hint="convert it in SRAM")
+        if dst.dtype in MX_DTYPES:
+            return self.move(dst.raw, source.raw, after=after)
         shape, (to, origin) = _joined(dst.shape, [list(dst.strides), list(source.strides)], dst.width)
         return self._move(dst, source, shape, to, origin, dst.offset, source.offset, after)
 
@@ -110,6 +112,8 @@ class TileBuilder:
             raise InvalidArgument(f"gather of {dst!r} from {table!r} by {indices!r}")
         if dst.dtype is not table.dtype:
             raise InvalidType(f"gather from {table.dtype.name} to {dst.dtype.name}")
+        if dst.dtype in MX_DTYPES:
+            return self.gather(dst.raw, table.raw, indices, after=after)
         return self._emit(
             MacroOp.GATHER,
             (_operand(dst, [0, *dst.strides], dst.offset, 0), _operand(table, [0, *table.strides], table.offset, 0),
@@ -117,7 +121,9 @@ class TileBuilder:
             (columns * dst.width, rows, table.shape[0]), reads=(table, indices), write=dst, after=after)
 
     def fill(self, dst: View, pattern: int, *, after: Sequence[Operation] = ()) -> Operation:
-        """Fill with a 32-bit pattern; rows are multiples of 4 bytes."""
+        """Fill with a 32-bit pattern; rows are multiples of 4 bytes. 0 is zero in every type."""
+        if dst.dtype in MX_DTYPES:
+            return self.fill(dst.raw, pattern, after=after)
         shape, (to,) = _joined(dst.shape, [list(dst.strides)], dst.width)
         while len(shape) < 3:
             shape, to = [1, *shape], [0, *to]
@@ -130,7 +136,7 @@ class TileBuilder:
 
     def matmul(self, dst: View, a: View, b: View, *, alpha: float = 1.0, accumulate: bool = False,
                transpose_a: bool = False, transpose_b: bool = False, after: Sequence[Operation] = ()) -> Operation:
-        """``dst = alpha * op(a) @ op(b)``, plus ``dst`` where ``accumulate``; accumulated in FP32.
+        """``dst = alpha * op(a) @ op(b)``, plus ``dst`` where ``accumulate``; summed in FP32, INT8 exactly in INT32.
 
         Parameters
         ----------
@@ -149,6 +155,15 @@ class TileBuilder:
             rows_b, columns_b = columns_b, rows_b
         if (rows_a, columns_b) != (m, n) or columns_a != rows_b:
             raise InvalidArgument(f"matmul of {dst!r} from {a!r} and {b!r}")
+        dtypes = (dst.dtype, a.dtype, b.dtype)
+        if not all(d in FLOATS for d in dtypes) and dtypes != (Dtype.INT32, Dtype.INT8, Dtype.INT8):
+            raise InvalidType(f"matmul of {a.dtype.name} by {b.dtype.name} into {dst.dtype.name}",
+                              cause="factors and result are floating types, or INT8, INT8 and INT32")
+        if (a.dtype in MX_DTYPES and transpose_a) or (b.dtype in MX_DTYPES and not transpose_b):
+            raise InvalidType(f"matmul of {a.dtype.name} by {b.dtype.name}", cause="blocks of MX run along k",
+                              hint="store a as (m, k) and b as (n, k), with transpose_b=True")
+        if Dtype.INT8 in dtypes and alpha != 1.0:
+            raise InvalidArgument("a product of integers is not scaled", hint="scale the INT32 result")
         flags = ((OpFlag.TRANSPOSE_A if transpose_a else 0) | (OpFlag.TRANSPOSE_B if transpose_b else 0)
                  | (OpFlag.ACCUMULATE if accumulate else 0))
         a3, b3 = a.broadcast(planes, *a.shape[-2:]), b.broadcast(planes, *b.shape[-2:])
@@ -174,11 +189,11 @@ class TileBuilder:
 
     def scale(self, dst: View, a: View, factor: float | Scalar, shift: float | Scalar = 0.0, *,
               after: Sequence[Operation] = ()) -> Operation:
-        """``dst = factor * a + shift``."""
+        """``dst = factor * a + shift``; also to and from integers."""
         return self._elementwise(MacroOp.SCALE, dst, (a,), (factor, shift), after=after)
 
     def convert(self, dst: View, a: View, *, after: Sequence[Operation] = ()) -> Operation:
-        """``dst = a`` in ``dst``'s dtype, rounded to nearest even."""
+        """``dst = a`` in ``dst``'s dtype, rounded to nearest even; to integers, FP8 E4M3 and MX, saturating."""
         return self._elementwise(MacroOp.CONVERT, dst, (a,), after=after)
 
     def gelu(self, dst: View, a: View, *, after: Sequence[Operation] = ()) -> Operation:
@@ -225,6 +240,9 @@ class TileBuilder:
         rows = a.shape[1]
         if a.shape != (planes, rows, columns) or mask.shape != (planes, rows):
             raise InvalidArgument(f"mean_rows of {dst!r} from {a!r} and {mask!r}")
+        _check_dtypes(MacroOp.MEAN_ROWS, (dst, a, mask))
+        if mask.dtype in MX_DTYPES:
+            raise InvalidType(f"mean_rows by {mask!r}", cause="weights of rows are not MX")
         bits, flags = self._scalars((floor, 0.0))
         d3 = dst._with(dst.offset, (planes, 1, columns), (dst.strides[0], 0, dst.strides[1]))
         m3 = mask._with(mask.offset, (planes, 1, rows), (mask.strides[0], 0, mask.strides[1]))
@@ -238,6 +256,8 @@ class TileBuilder:
                      scalars: tuple[float | Scalar, float | Scalar] = (0.0, 0.0), *, by_row: bool = False,
                      rows: tuple[View, ...] = (), after: Sequence[Operation] = ()) -> Operation:
         views = (dst, *(_like(s, dst) for s in sources))
+        _check_dtypes(opcode, (*views, *rows))
+        by_row = by_row or any(v.dtype in MX_DTYPES for v in views)
         shape = list(dst.shape)
         strides = [list(v.strides) for v in views]
         for v in views:
@@ -368,13 +388,28 @@ def _bits(value: float | Scalar) -> int:
     return value.index if isinstance(value, Scalar) else int(np.float32(value).view(np.uint32))
 
 
+def _check_dtypes(opcode: MacroOp, views: Sequence[View]) -> None:
+    """Which vector operations take integers: the verifier's rule, told where the operation is written."""
+    dtypes = [v.dtype for v in views]
+    integers = [d for d in dtypes if d in INTEGERS]
+    legal = not integers
+    if opcode in (MacroOp.SCALE, MacroOp.CONVERT):
+        legal = True
+    elif opcode in (MacroOp.ADD, MacroOp.SUB, MacroOp.MUL):
+        legal = legal or dtypes == [Dtype.INT32] * 3
+    if not legal or Dtype.UINT8 in dtypes:
+        raise InvalidType(f"{opcode.name} of {', '.join(d.name for d in dtypes)}", hint="convert it first",
+                          cause="SCALE and CONVERT take integers; ADD, SUB and MUL three INT32; UINT8 is only moved")
+
+
 def _row_strides(view: View) -> list[int]:
     """Strides of a three-axis view, its rows checked; a lone row gets the stride that BLAS wants of it."""
     planes, rows, columns = view.strides
     if view.shape[2] > 1 and columns != view.width:
         raise InvalidArgument(f"{view!r}", cause="the elements of a row must lie side by side")
-    return [planes if view.shape[0] > 1 else 0, max(rows, view.shape[2] * view.width) if view.shape[1] == 1 else rows,
-            columns]
+    if view.shape[1] == 1:
+        rows = max(rows, nbytes_of(view.shape[2:], view.dtype))
+    return [planes if view.shape[0] > 1 else 0, rows, columns]
 
 
 def _extents(view: View, axes: int) -> tuple[int, ...]:

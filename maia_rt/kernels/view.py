@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from maia_rt.contract.program import DTYPE_BYTES, Dtype, Space
+from maia_rt.contract.dtype import DTYPE_BITS, MX_BLOCK, MX_DTYPES, Dtype, row_bytes
+from maia_rt.contract.program import Space
 from maia_rt.errors import InvalidArgument
 
-WIDTHS: dict[Dtype, int] = {d: int(DTYPE_BYTES[d]) for d in Dtype}
-"""Bytes an element."""
+WIDTHS: dict[Dtype, int] = {d: 0 if d in MX_DTYPES else int(DTYPE_BITS[d]) // 8 for d in Dtype}
+"""Bytes an element; 0 for MX types, whose elements have no address of their own."""
 
 
 class Allocation:
@@ -52,7 +54,8 @@ class View:
     dtype : Dtype
     shape : tuple of int
     strides : tuple of int
-        Bytes from one element to the next, for each axis; 0 shows the same elements again.
+        Bytes from one element to the next, for each axis; 0 shows the same elements again. The last axis of an MX view
+        is a row of whole blocks: it is not cut or moved, and its stride is 0.
     allocation : Allocation or None
         None for arguments.
     """
@@ -71,8 +74,24 @@ class View:
 
     @property
     def width(self) -> int:
-        """Bytes an element."""
+        """Bytes an element; 0 for an MX type."""
         return WIDTHS[self.dtype]
+
+    @property
+    def raw(self) -> View:
+        """The same memory as UINT8 for DMA: the last axis of an MX view becomes the bytes of a row, scales last."""
+        if self.dtype not in MX_DTYPES:
+            raise InvalidArgument(f"{self!r} has no raw form", cause="only rows of MX types are seen as bytes")
+        return View(self.space, self.index, self.offset, Dtype.UINT8,
+                    (*self.shape[:-1], row_bytes(self.dtype, self.shape[-1])), (*self.strides[:-1], 1), self.allocation)
+
+    def first(self, *shape: int) -> View:
+        """The start of a piece of SRAM as a smaller array: C order, no gaps. What a block of MX rows is cut down by."""
+        strides = contiguous_strides(shape, self.dtype)
+        if self.allocation is None or nbytes_of(shape, self.dtype) > (
+                self.allocation.nbytes - (self.offset - self.allocation.offset)):
+            raise InvalidArgument(f"{self!r} has no room for {shape}", cause="it is no SRAM, or too little")
+        return self._with(self.offset, tuple(shape), strides)
 
     def _with(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> View:
         return View(self.space, self.index, offset, self.dtype, shape, strides, self.allocation)
@@ -85,6 +104,11 @@ class View:
         offset = self.offset
         shape: list[int] = []
         strides: list[int] = []
+        if len(keys) == len(self.shape) and self.dtype in MX_DTYPES:
+            row = keys[-1]
+            if not isinstance(row, slice) or row.indices(self.shape[-1]) != (0, self.shape[-1], 1):
+                raise InvalidArgument(f"{self!r}: a row of MX blocks is not cut",
+                                      cause="its scales lie behind all of it", hint="move parts of elements and of scales by .raw")
         for k, extent, stride in zip(keys, self.shape, self.strides, strict=False):
             if isinstance(k, slice):
                 start, stop, step = k.indices(extent)
@@ -103,6 +127,8 @@ class View:
     def split(self, axis: int, extents: Sequence[int]) -> View:
         """Show one axis as several whose extents multiply to its own, outermost first."""
         extent, stride = self.shape[axis], self.strides[axis]
+        if self.dtype in MX_DTYPES and axis in (-1, len(self.shape) - 1):
+            raise InvalidArgument(f"{self!r}: a row of MX blocks is not split", cause="its scales lie behind all of it")
         product = 1
         inner: list[int] = []
         for e in reversed(extents):
@@ -117,6 +143,8 @@ class View:
         """Show the axes in another order."""
         if sorted(axes) != list(range(len(self.shape))):
             raise InvalidArgument(f"{axes} is no order of {len(self.shape)} axes")
+        if self.dtype in MX_DTYPES and axes[-1] != len(self.shape) - 1:
+            raise InvalidArgument(f"{self!r}: the row of MX blocks stays the last axis", cause="blocks run along it")
         return self._with(self.offset, tuple(self.shape[a] for a in axes), tuple(self.strides[a] for a in axes))
 
     def broadcast(self, *shape: int) -> View:
@@ -136,11 +164,27 @@ class View:
         return f"<View of {where}+{self.offset:#x}: {self.dtype.name} {self.shape}, strides {self.strides}>"
 
 
-def contiguous_strides(shape: Sequence[int], width: int) -> tuple[int, ...]:
-    """Byte strides of a C-ordered array without gaps."""
-    strides: list[int] = []
-    step = width
-    for extent in reversed(shape):
+def contiguous_strides(shape: Sequence[int], dtype: Dtype) -> tuple[int, ...]:
+    """Byte strides of a C-ordered array without gaps.
+
+    Raises
+    ------
+    InvalidArgument
+        Rows of an MX type that are no multiple of 32 elements.
+    """
+    if dtype in MX_DTYPES and (not shape or shape[-1] % MX_BLOCK):
+        raise InvalidArgument(f"{dtype.name} of shape {tuple(shape)}", cause=f"its rows are blocks of {MX_BLOCK}",
+                              hint=f"make the last axis a multiple of {MX_BLOCK}")
+    if not shape:
+        return ()
+    strides = [WIDTHS[dtype]]
+    step = row_bytes(dtype, shape[-1])
+    for extent in reversed(shape[:-1]):
         strides.append(step)
         step *= extent
     return tuple(reversed(strides))
+
+
+def nbytes_of(shape: Sequence[int], dtype: Dtype) -> int:
+    """Bytes of a C-ordered array without gaps."""
+    return math.prod(shape[:-1]) * row_bytes(dtype, shape[-1] if shape else 1)

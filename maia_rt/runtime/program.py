@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maia_rt.contract.dtype import MX_DTYPES
 from maia_rt.contract.program import NUMPY_DTYPES, Arg, ArgKind, Image, KernelImage, read, write
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, KernelNotFound
 from maia_rt.runtime.buffer import Memory
@@ -99,7 +100,7 @@ class Kernel:
             elif arg.dtype != check.dtype or arg.shape != check.shape:
                 raise InvalidArgument(
                     f"{check.where(self)} is {arg.dtype} {arg.shape}, not {check.dtype} {check.shape}",
-                    hint="pass memory of that dtype and shape, or a view of it without a dtype")
+                    hint=check.hint)
             if arg._strides is not None:
                 raise InvalidArgument(f"{check.where(self)} is a strided view {arg.shape} with strides {arg._strides}; "
                                       "kernels take memory whose elements lie side by side",
@@ -127,14 +128,18 @@ class Kernel:
 class _Check:
     """What one argument must be, looked up once."""
 
-    __slots__ = ("dtype", "misaligned", "name", "nbytes", "scalar", "shape", "writes")
+    __slots__ = ("dtype", "hint", "misaligned", "name", "nbytes", "scalar", "shape", "writes")
 
     def __init__(self, arg: Arg) -> None:
         self.name = arg.name
         self.scalar = arg.kind == ArgKind.SCALAR
         self.writes = arg.kind in (ArgKind.OUT, ArgKind.INOUT)
         self.nbytes = arg.nbytes
-        self.shape = arg.shape
+        self.shape = arg.array_shape
+        self.hint = "pass memory of that dtype and shape, or a view of it without a dtype"
+        if arg.dtype in MX_DTYPES:
+            self.hint = (f"rows of {arg.dtype.name} are bytes: pass uint8 memory of that shape, such as "
+                         f"maia_rt.to_mx makes for {arg.shape} elements")
         self.dtype = NUMPY_DTYPES[arg.dtype]
         self.misaligned = arg.alignment - 1
 

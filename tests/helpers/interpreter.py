@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from maia_rt.contract.commands import SEMAPHORE_OP
+from maia_rt.contract.dtype import INTEGERS, MX_DTYPES, NUMPY_DTYPES, Dtype, array_shape
+from maia_rt.contract.microscaling import from_mx, to_mx
 from maia_rt.contract.program import (
     DST,
-    NUMPY_DTYPES,
     SHARED_SEMAPHORE,
     A,
     ArgKind,
     B,
     C,
-    Dtype,
     KernelImage,
     MacroOp,
     OpFlag,
@@ -61,7 +61,7 @@ class Interpreter:
                 self.memories.append(np.zeros(0, np.uint8))
                 self.scalar_args.append(float(value))
                 continue
-            if value.dtype != NUMPY_DTYPES[declared.dtype] or value.shape != declared.shape:
+            if value.dtype != NUMPY_DTYPES[declared.dtype] or value.shape != declared.array_shape:
                 raise TypeError(f"{declared.name}: {value.dtype} {value.shape} for {declared}")
             self.memories.append(value.reshape(-1).view(np.uint8))
             self.scalar_args.append(0.0)
@@ -142,36 +142,85 @@ class Interpreter:
         m, cols, k = n
         flags, batch = int(op["flags"]), int(op["batch"])
         self.macs += m * cols * k * batch
+        if op["operand"][DST]["dtype"] == Dtype.INT32:
+            self._matmul_integers(tile, op, n)
+            return
         a = self._floats(tile, op, A, batch, *((k, m) if flags & OpFlag.TRANSPOSE_A else (m, k)))
         b = self._floats(tile, op, B, batch, *((cols, k) if flags & OpFlag.TRANSPOSE_B else (k, cols)))
         a = a.swapaxes(1, 2) if flags & OpFlag.TRANSPOSE_A else a
         b = b.swapaxes(1, 2) if flags & OpFlag.TRANSPOSE_B else b
         product = np.float32(self._scalar(op, 0)) * np.matmul(a, b)
-        dst = self._destination(tile, op, batch, m, cols)
         if flags & OpFlag.ACCUMULATE:
-            product = product + dst.astype(np.float32)
-        dst[...] = product.astype(dst.dtype)
+            product = product + self._floats(tile, op, DST, batch, m, cols)
+        self._store(tile, op, batch, m, cols, product)
 
     def _floats(self, tile: int, op: np.void, slot: int, planes: int, rows: int, columns: int) -> np.ndarray:
         operand = op["operand"][slot]
-        dtype = NUMPY_DTYPES[Dtype(int(operand["dtype"]))]
-        return self._view(tile, operand, dtype, planes, rows, columns).astype(np.float32)
+        dtype = Dtype(int(operand["dtype"]))
+        found = self._view(tile, operand, NUMPY_DTYPES[dtype], planes, rows, array_shape(dtype, (columns,))[0])
+        return from_mx(found, dtype) if dtype in MX_DTYPES else found.astype(np.float32)
 
-    def _destination(self, tile: int, op: np.void, planes: int, rows: int, columns: int) -> np.ndarray:
+    def _integers(self, tile: int, op: np.void, slot: int, planes: int, rows: int, columns: int) -> np.ndarray:
+        operand = op["operand"][slot]
+        view = self._view(tile, operand, NUMPY_DTYPES[Dtype(int(operand["dtype"]))], planes, rows, columns)
+        return view.astype(np.int64)
+
+    def _store(self, tile: int, op: np.void, planes: int, rows: int, columns: int, out: np.ndarray) -> None:
+        """Round to the destination's type; integers modulo 2^32 come as int64."""
         operand = op["operand"][DST]
-        return self._view(tile, operand, NUMPY_DTYPES[Dtype(int(operand["dtype"]))], planes, rows, columns)
+        dtype = Dtype(int(operand["dtype"]))
+        dst = self._view(tile, operand, NUMPY_DTYPES[dtype], planes, rows, array_shape(dtype, (columns,))[0])
+        if dtype in MX_DTYPES:
+            dst[...] = to_mx(out, dtype)
+        elif dtype is Dtype.FP8_E4M3:
+            dst[...] = np.clip(out, -448, 448).astype(dst.dtype)
+        elif dtype in INTEGERS and out.dtype != np.int64:
+            limits = np.iinfo(dst.dtype)
+            whole = np.rint(np.nan_to_num(out.astype(np.float64), nan=0.0, posinf=2.0**40, neginf=-(2.0**40)))
+            dst[...] = np.clip(whole, limits.min, limits.max).astype(dst.dtype)
+        else:
+            dst[...] = out.astype(dst.dtype)
+
+    def _matmul_integers(self, tile: int, op: np.void, n: list[int]) -> None:
+        m, cols, k = n
+        flags, batch = int(op["flags"]), int(op["batch"])
+        a = self._integers(tile, op, A, batch, *((k, m) if flags & OpFlag.TRANSPOSE_A else (m, k)))
+        b = self._integers(tile, op, B, batch, *((cols, k) if flags & OpFlag.TRANSPOSE_B else (k, cols)))
+        a = a.swapaxes(1, 2) if flags & OpFlag.TRANSPOSE_A else a
+        b = b.swapaxes(1, 2) if flags & OpFlag.TRANSPOSE_B else b
+        product = np.matmul(a, b)
+        if flags & OpFlag.ACCUMULATE:
+            product += self._integers(tile, op, DST, batch, m, cols)
+        self._store(tile, op, batch, m, cols, product)
+
+    def _exact(self, tile: int, opcode: MacroOp, op: np.void, n: list[int]) -> bool:
+        """Integers among themselves."""
+        columns, rows, planes = n
+        dtypes = {Dtype(int(op["operand"][slot]["dtype"])) for slot in (DST, A)}
+        if not dtypes <= INTEGERS or opcode is MacroOp.SCALE:
+            return False
+        out = self._integers(tile, op, A, planes, rows, columns)
+        if opcode is MacroOp.CONVERT:
+            limits = np.iinfo(NUMPY_DTYPES[Dtype(int(op["operand"][DST]["dtype"]))])
+            out = np.clip(out, limits.min, limits.max)
+        else:
+            b = self._integers(tile, op, B, planes, rows, columns)
+            out = {MacroOp.ADD: np.add, MacroOp.SUB: np.subtract, MacroOp.MUL: np.multiply}[opcode](out, b)
+        self._store(tile, op, planes, rows, columns, out)
+        return True
 
     def _vector(self, tile: int, opcode: MacroOp, op: np.void, n: list[int]) -> None:
         columns, rows, planes = n
         one = np.float32(1)
+        if self._exact(tile, opcode, op, n):
+            return
         s0 = np.float32(self._scalar(op, 0))
         a = self._floats(tile, op, A, planes, rows, columns)
         if opcode is MacroOp.MEAN_ROWS:
             mask = self._floats(tile, op, B, planes, 1, rows)
             total = np.einsum("pxr,prc->pc", mask, a, dtype=np.float32)
             mean = total / np.maximum(mask.sum(axis=(1, 2), dtype=np.float32), s0)[:, None]
-            dst = self._destination(tile, op, planes, 1, columns)
-            dst[:, 0] = mean.astype(dst.dtype)
+            self._store(tile, op, planes, 1, columns, mean[:, None])
             return
         if opcode in (MacroOp.ADD, MacroOp.SUB, MacroOp.MUL):
             b = self._floats(tile, op, B, planes, rows, columns)
@@ -207,8 +256,7 @@ class Interpreter:
             out = a / np.maximum(np.sqrt(np.square(a).sum(axis=2, keepdims=True, dtype=np.float32)), s0)
         else:
             raise AssertionError(opcode)
-        dst = self._destination(tile, op, planes, rows, columns)
-        dst[...] = out.astype(dst.dtype)
+        self._store(tile, op, planes, rows, columns, out)
 
 
 def run(kernel: KernelImage, args: Sequence[np.ndarray | float], seed: int = 0) -> Interpreter:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 import maia_rt
-from maia_rt.contract import program
+from maia_rt.contract import program, verifier
 from maia_rt.contract.program import NUMPY_DTYPES, ArgKind, Capabilities, KernelImage
 from tests.helpers import interpreter
 
@@ -41,7 +41,7 @@ class InterpreterLauncher:
 
     def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
         image = program.read(program.write([kernel]))
-        program.verify(image, self.capabilities)
+        verifier.verify(image, self.capabilities)
         arrays, out = arguments(kernel, inputs)
         self.seed += 1
         interpreter.run(image.kernels[0], arrays, self.seed)
@@ -90,10 +90,10 @@ def arguments(kernel: KernelImage, inputs: Sequence[np.ndarray]) -> tuple[list[n
     out = np.zeros(0)
     for arg in kernel.args:
         if arg.kind is ArgKind.OUT:
-            out = np.frombuffer(bytearray(b"\xff" * arg.nbytes), NUMPY_DTYPES[arg.dtype]).reshape(arg.shape)
+            out = np.frombuffer(bytearray(b"\xff" * arg.nbytes), NUMPY_DTYPES[arg.dtype]).reshape(arg.array_shape)
             arrays.append(out)
         else:
             array = np.ascontiguousarray(next(given), NUMPY_DTYPES[arg.dtype])
-            assert array.shape == arg.shape, f"{arg.name}: {array.shape}, not {arg.shape}"
+            assert array.shape == arg.array_shape, f"{arg.name}: {array.shape}, not {arg.array_shape}"
             arrays.append(array)
     return arrays, out

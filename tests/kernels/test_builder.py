@@ -7,7 +7,7 @@ import doctest
 import numpy as np
 import pytest
 
-from maia_rt.contract import program
+from maia_rt.contract import program, verifier
 from maia_rt.contract.program import ArgKind, Dtype, Engine
 from maia_rt.errors import InvalidArgument, InvalidType, ProgramError
 from maia_rt.kernels import KernelBuilder, blocking, builder
@@ -33,7 +33,7 @@ def test_an_operation_waits_for_the_engines_that_wrote_or_read_what_it_touches()
     # The matmul and the add read a; the add came after the matmul, and DMA has waited for the add already.
     assert waits(tile.move(a, x)) == {Engine.TENSOR: 0}
     kernel = builder.build()
-    program.verify(program.read(program.write([kernel])), SMALL)
+    verifier.verify(program.read(program.write([kernel])), SMALL)
     assert all((s.ops["pre"]["op"] != 0).sum(axis=1).max() <= 2 for s in kernel.streams)
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from maia_rt.contract import program
+from maia_rt.contract import program, verifier
 from maia_rt.contract.program import (
     ARG,
     HEADER,
@@ -44,6 +44,7 @@ def sample() -> list[KernelImage]:
     ids = builder.argument("ids", ArgKind.IN, Dtype.INT32, (6,))
     factor = builder.scalar("factor")
     y = builder.argument("y", ArgKind.OUT, Dtype.FP32, (2, 6, 8))
+    small = builder.argument("small", ArgKind.IN, Dtype.MXFP4_E2M1, (8, 32))
     for number in range(2):
         tile = builder.tile(number)
         held, other, square = (tile.allocate(s, Dtype.FP32) for s in ((6, 8), (6, 8), (8, 8)))
@@ -62,6 +63,14 @@ def sample() -> list[KernelImage]:
         tile.layernorm(other, other, held[0], held[1], 1e-5)
         tile.mean_rows(square[:1], other.split(0, (1, 6)), square[2:3, :6], 1.0)
         tile.l2_normalize(other, other, 1e-6)
+        blocks, eights = tile.allocate((8, 32), Dtype.MXFP4_E2M1), tile.allocate((8, 32), Dtype.INT8)
+        fp8, sums = tile.allocate((8, 32), Dtype.FP8_E5M2), tile.allocate((8, 8), Dtype.INT32)
+        tile.move(blocks, small)
+        tile.convert(eights, blocks)
+        tile.scale(fp8, blocks, 0.5)
+        tile.matmul(square, fp8, blocks, transpose_b=True)
+        tile.matmul(sums, eights, eights, transpose_b=True, accumulate=False)
+        tile.add(sums, sums, sums[0])
         tile.move(y[number], other)
     return [builder.build(), attention(CAPABILITIES, 2, 3, 2, 4)]
 
@@ -105,14 +114,14 @@ def run_or_refuse(image: bytes) -> bool:
     """Whether the image was accepted; then it has run without harm."""
     try:
         parsed = program.read(image)
-        program.verify(parsed, CAPABILITIES)
+        verifier.verify(parsed, CAPABILITIES)
     except ProgramError:
         return False
     for kernel in parsed.kernels:
         if sum(a.nbytes for a in kernel.args) > LARGEST_RUN:
             continue
         arrays = [1.0 if a.kind is ArgKind.SCALAR else
-                  np.zeros(a.shape, program.NUMPY_DTYPES[a.dtype]) for a in kernel.args]
+                  np.zeros(a.array_shape, program.NUMPY_DTYPES[a.dtype]) for a in kernel.args]
         try:
             with np.errstate(all="ignore"):
                 interpreter.run(kernel, arrays, 1)
@@ -124,7 +133,7 @@ def run_or_refuse(image: bytes) -> bool:
 def test_an_image_comes_back_as_it_was_written() -> None:
     kernels = sample()
     parsed = program.read(IMAGE)
-    program.verify(parsed, CAPABILITIES)
+    verifier.verify(parsed, CAPABILITIES)
     assert parsed.data == IMAGE
     for got, want in zip(parsed.kernels, kernels, strict=True):
         assert (got.name, got.args, got.tiles, got.sram_bytes) == (want.name, want.args, want.tiles, want.sram_bytes)
@@ -220,7 +229,7 @@ def changed(field: str, index: int, value: object, kernel: KernelImage | None = 
 ])
 def test_a_refusal_names_kernel_tile_engine_operation_and_field(field: str, value: int, text: str) -> None:
     with pytest.raises(ProgramError, match=rf"kernel 'sample' tile 0 DMA.*{text}"):
-        program.verify(program.read(changed(field, 0, value)), CAPABILITIES)
+        verifier.verify(program.read(changed(field, 0, value)), CAPABILITIES)
 
 
 def test_a_kernel_that_would_wait_for_ever_is_refused() -> None:
@@ -232,17 +241,17 @@ def test_a_kernel_that_would_wait_for_ever_is_refused() -> None:
     streams = list(kernel.streams)
     streams[stream] = replace(streams[stream], ops=ops)
     with pytest.raises(ProgramError, match=rf"operation {at}: would wait for semaphore .* for ever"):
-        program.verify(program.read(program.write([replace(kernel, streams=tuple(streams))])), CAPABILITIES)
+        verifier.verify(program.read(program.write([replace(kernel, streams=tuple(streams))])), CAPABILITIES)
 
 
 @pytest.mark.parametrize(("lacking", "text"), [
     ({"tiles": 1}, r"tiles: needs 2, the device has 1"), ({"tile_sram_bytes": 64}, r"sram_bytes: needs"),
-    ({"tile_semaphores": 0}, r"tile_semaphores: needs"), ({"max_args": 2}, r"arg_count: needs 4"),
+    ({"tile_semaphores": 0}, r"tile_semaphores: needs"), ({"max_args": 2}, r"arg_count: needs 5"),
     ({"dtypes": frozenset({Dtype.FP32})}, r"the device has no INT32"), ({"max_kernels": 1}, r"2 kernels"),
 ])
 def test_a_smaller_device_says_what_it_lacks(lacking: dict[str, object], text: str) -> None:
     with pytest.raises(ProgramError, match=text):
-        program.verify(program.read(IMAGE), replace(CAPABILITIES, **lacking))
+        verifier.verify(program.read(IMAGE), replace(CAPABILITIES, **lacking))
 
 
 def test_a_models_kernels_are_verified_in_milliseconds() -> None:
@@ -252,6 +261,6 @@ def test_a_models_kernels_are_verified_in_milliseconds() -> None:
     best = 1.0
     for _ in range(5):
         began = time.perf_counter()
-        program.verify(parsed, SMALL)
+        verifier.verify(parsed, SMALL)
         best = min(best, time.perf_counter() - began)
     assert best < 0.1

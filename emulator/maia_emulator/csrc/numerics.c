@@ -3,70 +3,12 @@
 #include <math.h>
 #include <string.h>
 
-/* One build runs anywhere and takes the widest vectors of the machine at hand: the compiler makes a clone for each
- * target and the loader picks. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_ADDRESS__)
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDE
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "conversions.h"
 
 enum {
     OP_ADD = 0x20, OP_SUB, OP_MUL, OP_SCALE, OP_CONVERT, OP_GELU, OP_RELU, OP_TANH, OP_EXP, OP_SOFTMAX, OP_LAYERNORM,
     OP_MEAN_ROWS, OP_L2_NORMALIZE
 };
-
-INLINE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-
-/* Conversions ------------------------------------------------------------------------------------------------- */
-
-INLINE uint16_t to_bf16(float x) {
-    uint32_t u = bits_of(x);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)rounded;
-}
-
-/* binary16 by exponent scaling: subnormals come out of the multiply, infinities and NaN are patched. */
-INLINE float from_fp16(uint16_t h) {
-    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
-    float scaled = float_of(magnitude) * 0x1p112f;
-    uint32_t special = magnitude | 0x7f800000;
-    uint32_t u = (h & 0x7c00) == 0x7c00 ? special : bits_of(scaled);
-    return float_of(u | (uint32_t)(h & 0x8000) << 16);
-}
-
-INLINE uint16_t to_fp16(float x) {
-    uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-    /* Normal: rebias and round the 13 bits away. Subnormal: adding 0.5 leaves the rounded bits at the bottom. */
-    uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-    uint32_t tiny = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    uint32_t h = magnitude < (113u << 23) ? tiny : normal;
-    h = magnitude >= 0x477ff000 ? 0x7c00 : h; /* 65520 and above round to infinity */
-    h = magnitude > 0x7f800000 ? 0x7e00 | ((magnitude >> 13) & 0x3ff) : h;
-    return (uint16_t)(sign | h);
-}
-
-WIDE static void widen(float *restrict dst, const char *restrict src, int64_t n, int dtype) {
-    const uint16_t *restrict h = (const uint16_t *)src;
-    if (dtype == MAIA_BF16)
-        for (int64_t i = 0; i < n; i++) dst[i] = float_of((uint32_t)h[i] << 16);
-    else if (dtype == MAIA_FP16)
-        for (int64_t i = 0; i < n; i++) dst[i] = from_fp16(h[i]);
-    else
-        memcpy(dst, src, (size_t)n * 4);
-}
-
-WIDE static void narrow(char *restrict dst, const float *restrict src, int64_t n, int dtype) {
-    uint16_t *restrict h = (uint16_t *)dst;
-    if (dtype == MAIA_BF16)
-        for (int64_t i = 0; i < n; i++) h[i] = to_bf16(src[i]);
-    else if (dtype == MAIA_FP16)
-        for (int64_t i = 0; i < n; i++) h[i] = to_fp16(src[i]);
-    else
-        memcpy(dst, src, (size_t)n * 4);
-}
 
 /* Functions of one value: own fits, within 2 units in the last place of the result ------------------------------ */
 
@@ -200,7 +142,7 @@ WIDE static void row_accumulate(float *d, const float *a, int64_t n, float weigh
 INLINE const float *load(const maia_operand *x, int64_t plane, int64_t row, int64_t n, float *scratch) {
     char *at = x->data + plane * x->plane_stride + row * x->row_stride;
     if (x->dtype == MAIA_FP32) return (const float *)at;
-    widen(scratch, at, n, x->dtype);
+    maia_widen(scratch, at, n, x->dtype);
     return scratch;
 }
 
@@ -212,15 +154,45 @@ static void mean_rows(const maia_operand *dst, const maia_operand *a, const maia
         memset(sum, 0, (size_t)columns * 4);
         for (int64_t r = 0; r < rows; r++) {
             maia_operand element = *b; /* the mask is one row of `rows` elements: element r as a row of one */
-            element.row_stride = b->dtype == MAIA_FP32 ? 4 : 2;
+            element.row_stride = maia_row_bytes(b->dtype, 1);
             float keep_scratch, keep = *load(&element, p, r, 1, &keep_scratch);
             if (keep == 0.0f) continue; /* padding may hold anything, NaN too */
             weight += keep;
             row_accumulate(sum, load(a, p, r, columns, wide), columns, keep);
         }
         row_scale(sum, sum, columns, 1.0f / (weight > floor_ ? weight : floor_), 0.0f);
-        narrow(dst->data + p * dst->plane_stride, sum, columns, dst->dtype);
+        maia_narrow(dst->data + p * dst->plane_stride, sum, columns, dst->dtype);
     }
+}
+
+/* Integers among themselves, exactly: a sum or product modulo 2^32, a conversion that saturates. False where the
+ * operands are not that. */
+static int integers(int op, const maia_operand *dst, const maia_operand *a, const maia_operand *b, int64_t columns,
+                    int64_t rows, int64_t planes) {
+    int from32 = a->dtype == MAIA_INT32, to32 = dst->dtype == MAIA_INT32;
+    if (!from32 && a->dtype != MAIA_INT8) return 0;
+    if (op != OP_ADD && op != OP_SUB && op != OP_MUL && (op != OP_CONVERT || (!to32 && dst->dtype != MAIA_INT8))) return 0;
+    for (int64_t p = 0; p < planes; p++)
+        for (int64_t r = 0; r < rows; r++) {
+            char *out = dst->data + p * dst->plane_stride + r * dst->row_stride;
+            const char *x = a->data + p * a->plane_stride + r * a->row_stride;
+            if (op == OP_CONVERT) {
+                for (int64_t i = 0; i < columns; i++) {
+                    int32_t v = from32 ? ((const int32_t *)x)[i] : ((const int8_t *)x)[i];
+                    if (to32)
+                        ((int32_t *)out)[i] = v;
+                    else
+                        ((int8_t *)out)[i] = (int8_t)(v < -128 ? -128 : v > 127 ? 127 : v);
+                }
+                continue;
+            }
+            const uint32_t *u = (const uint32_t *)x;
+            const uint32_t *v = (const uint32_t *)(b->data + p * b->plane_stride + r * b->row_stride);
+            uint32_t *d = (uint32_t *)out;
+            for (int64_t i = 0; i < columns; i++)
+                d[i] = op == OP_ADD ? u[i] + v[i] : op == OP_SUB ? u[i] - v[i] : u[i] * v[i];
+        }
+    return 1;
 }
 
 int maia_vector(int op, const maia_operand *dst, const maia_operand *a, const maia_operand *b, const maia_operand *c,
@@ -228,6 +200,7 @@ int maia_vector(int op, const maia_operand *dst, const maia_operand *a, const ma
     float *wide_a = scratch, *wide_b = scratch + columns, *wide_c = wide_b + columns, *wide_d = wide_c + columns;
     const float *gamma = NULL, *beta = NULL;
     if (op < OP_ADD || op > OP_L2_NORMALIZE) return -1;
+    if (integers(op, dst, a, b, columns, rows, planes)) return 0;
     if (op == OP_MEAN_ROWS) {
         mean_rows(dst, a, b, columns, rows, planes, scalar0, scratch);
         return 0;
@@ -255,7 +228,7 @@ int maia_vector(int op, const maia_operand *dst, const maia_operand *a, const ma
             case OP_LAYERNORM: row_layernorm(d, x, gamma, beta, columns, scalar0); break;
             default: row_l2(d, x, columns, scalar0); break;
             }
-            if (d == wide_d) narrow(out, wide_d, columns, dst->dtype);
+            if (d == wide_d) maia_narrow(out, wide_d, columns, dst->dtype);
         }
     return 0;
 }
@@ -329,14 +302,42 @@ static const float *matrix(const maia_operand *x, int64_t plane, int64_t rows, i
         *ld = rows > 1 ? x->row_stride / 4 : columns;
         return (const float *)at;
     }
-    for (int64_t r = 0; r < rows; r++) widen(scratch + r * columns, at + r * x->row_stride, columns, x->dtype);
+    for (int64_t r = 0; r < rows; r++) maia_widen(scratch + r * columns, at + r * x->row_stride, columns, x->dtype);
     *ld = columns;
     return scratch;
+}
+
+/* INT8 times INT8 into INT32, modulo 2^32. A sum of up to 1024 products of 8-bit integers stays within 2^24, where
+ * binary32 holds every integer: BLAS multiplies pieces of that depth exactly, in whatever order it sums. */
+static void matmul_integers(const maia_operand *dst, const maia_operand *a, const maia_operand *b, int64_t m, int64_t n,
+                            int64_t k, int64_t batch, int transpose_a, int transpose_b, int accumulate,
+                            float *scratch) {
+    enum { EXACT_DEPTH = 1024 };
+    float *part = scratch, *wide_a = part + m * n, *wide_b = wide_a + m * k;
+    for (int64_t p = 0; p < batch; p++) {
+        int64_t lda, ldb;
+        const float *pa = transpose_a ? matrix(a, p, k, m, wide_a, &lda) : matrix(a, p, m, k, wide_a, &lda);
+        const float *pb = transpose_b ? matrix(b, p, n, k, wide_b, &ldb) : matrix(b, p, k, n, wide_b, &ldb);
+        for (int64_t l = 0; l < k; l += EXACT_DEPTH) {
+            int64_t depth = k - l < EXACT_DEPTH ? k - l : EXACT_DEPTH;
+            gemm(transpose_a, transpose_b, m, n, depth, 1.0f, transpose_a ? pa + l * lda : pa + l, lda,
+                 transpose_b ? pb + l : pb + l * ldb, ldb, 0.0f, part, n);
+            for (int64_t r = 0; r < m; r++) {
+                uint32_t *out = (uint32_t *)(dst->data + p * dst->plane_stride + r * dst->row_stride);
+                for (int64_t j = 0; j < n; j++)
+                    out[j] = (l || accumulate ? out[j] : 0) + (uint32_t)(int32_t)part[r * n + j];
+            }
+        }
+    }
 }
 
 void maia_matmul(const maia_operand *dst, const maia_operand *a, const maia_operand *b, int64_t m, int64_t n,
                  int64_t k, int64_t batch, int transpose_a, int transpose_b, int accumulate, float alpha,
                  float *scratch) {
+    if (dst->dtype == MAIA_INT32) {
+        matmul_integers(dst, a, b, m, n, k, batch, transpose_a, transpose_b, accumulate, scratch);
+        return;
+    }
     float *wide_c = scratch, *wide_a = wide_c + m * n, *wide_b = wide_a + m * k;
     for (int64_t p = 0; p < batch; p++) {
         int64_t lda, ldb, ldc;
@@ -350,10 +351,10 @@ void maia_matmul(const maia_operand *dst, const maia_operand *a, const maia_oper
             pc = wide_c;
             ldc = n;
             if (accumulate)
-                for (int64_t r = 0; r < m; r++) widen(wide_c + r * n, out + r * dst->row_stride, n, dst->dtype);
+                for (int64_t r = 0; r < m; r++) maia_widen(wide_c + r * n, out + r * dst->row_stride, n, dst->dtype);
         }
         gemm(transpose_a, transpose_b, m, n, k, alpha, pa, lda, pb, ldb, accumulate ? 1.0f : 0.0f, pc, ldc);
         if (pc == wide_c)
-            for (int64_t r = 0; r < m; r++) narrow(out + r * dst->row_stride, wide_c + r * n, n, dst->dtype);
+            for (int64_t r = 0; r < m; r++) maia_narrow(out + r * dst->row_stride, wide_c + r * n, n, dst->dtype);
     }
 }

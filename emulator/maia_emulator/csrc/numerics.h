@@ -1,16 +1,13 @@
 /* The arithmetic of the emulated tensor and vector units (docs/contract.md, "Macro-operations").
  *
- * Everything computes in binary32. 16-bit operands are widened exactly on the way in and rounded to nearest even on
- * the way out. No function here touches Python or takes a lock: engine threads call them without the GIL.
+ * Everything with a fraction computes in binary32: operands are widened on the way in and rounded on the way out, see
+ * conversions.h. Integers among themselves are exact. No function here touches Python or takes a lock: engine threads call them without the GIL.
  */
 #ifndef MAIA_NUMERICS_H
 #define MAIA_NUMERICS_H
 
 #include <stddef.h>
 #include <stdint.h>
-
-/* As in maia_rt.contract.program.Dtype. */
-enum { MAIA_FP32 = 1, MAIA_FP16 = 2, MAIA_BF16 = 3 };
 
 /* One operand of a vector or tensor operation: rows of elements of dtype, strides in bytes. */
 typedef struct {
