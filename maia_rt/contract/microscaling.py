@@ -126,11 +126,13 @@ def _check(dtype: Dtype) -> None:
 
 def _codes(scaled: npt.NDArray[np.float32], dtype: Dtype) -> npt.NDArray[np.uint8]:
     """Elements, one a byte."""
+    rounded: npt.NDArray[Any]
     if dtype is Dtype.MXINT8:
-        return np.clip(np.rint(scaled * np.float32(_INT8_STEP)), -127, 127).astype(np.int8).view(np.uint8)
-    most = _LARGEST[dtype][0]
-    clipped: npt.NDArray[Any] = np.clip(scaled, -most, most).astype(_ELEMENTS[dtype])
-    codes: npt.NDArray[np.uint8] = clipped.view(np.uint8)
+        rounded = np.clip(np.rint(scaled * np.float32(_INT8_STEP)), -127, 127).astype(np.int8)
+    else:
+        most = _LARGEST[dtype][0]
+        rounded = np.clip(scaled, -most, most).astype(_ELEMENTS[dtype])
+    codes: npt.NDArray[np.uint8] = rounded.view(np.uint8)
     return codes
 
 

@@ -108,7 +108,8 @@ class View:
             row = keys[-1]
             if not isinstance(row, slice) or row.indices(self.shape[-1]) != (0, self.shape[-1], 1):
                 raise InvalidArgument(f"{self!r}: a row of MX blocks is not cut",
-                                      cause="its scales lie behind all of it", hint="move parts of elements and of scales by .raw")
+                                      cause="its scales lie behind all of it",
+                                      hint="move parts of elements and of scales by .raw")
         for k, extent, stride in zip(keys, self.shape, self.strides, strict=False):
             if isinstance(k, slice):
                 start, stop, step = k.indices(extent)
