@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from maia_rt.loss import LostCommand
     from maia_rt.memory import Space
     from maia_rt.runtime.buffer import Buffer
+    from maia_rt.runtime.capture import Capture
     from maia_rt.runtime.copy import CopyPath
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.discovery import DeviceInfo, devices, open
     from maia_rt.runtime.dlpack import from_dlpack
     from maia_rt.runtime.event import Event
+    from maia_rt.runtime.graph import Graph, NodeTime
+    from maia_rt.runtime.graph_builder import GraphBuilder
+    from maia_rt.runtime.graph_node import GraphNode
     from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
     from maia_rt.runtime.host_buffer import HostBuffer
     from maia_rt.runtime.pool import MemoryPool, PoolStatistics
@@ -27,11 +31,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Buffer",
+    "Capture",
     "CopyPath",
     "Device",
     "DeviceInfo",
     "Dtype",
     "Event",
+    "Graph",
+    "GraphBuilder",
+    "GraphNode",
     "HangLink",
     "HangReport",
     "HangVerdict",
@@ -40,6 +48,7 @@ __all__ = [
     "Kernel",
     "LostCommand",
     "MemoryPool",
+    "NodeTime",
     "PoolStatistics",
     "Program",
     "Semaphore",
@@ -56,7 +65,9 @@ __all__ = [
 
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
 _HOMES = {
-    "Buffer": "buffer", "CopyPath": "copy", "Device": "device", "DeviceInfo": "discovery", "Event": "event",
+    "Buffer": "buffer", "Capture": "capture", "CopyPath": "copy", "Device": "device",
+    "DeviceInfo": "discovery", "Event": "event",
+    "Graph": "graph", "GraphBuilder": "graph_builder", "GraphNode": "graph_node", "NodeTime": "graph",
     "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang", "HostBuffer": "host_buffer",
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",

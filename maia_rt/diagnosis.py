@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import numpy.typing as npt
 
 from maia_rt._fast.ring import Ring
-from maia_rt.contract.commands import decode
+from maia_rt.contract.commands import INDIRECT, Opcode, decode
 from maia_rt.errors import DeviceTimeout, FaultCode, MaiaError
 from maia_rt.observe.sites import describe
 from maia_rt.queue_port import QueuePort
@@ -39,9 +40,14 @@ def fault_facts(ring: Ring, port: QueuePort, queue: int, sequence: int,
         found = log[(log["queue"] == queue) & (log["sequence"] == sequence)]
         if len(found):
             entry = found[-1]
-            facts["address"], raw = int(entry["address"]), bytes(entry["command"])
-            if entry["detail"]:
+            facts["address"] = int(entry["address"])
+            if raw is not None and raw[0] == Opcode.INDIRECT:
+                place = int(entry["detail"])
+                facts["node"] = port.listed(int(np.frombuffer(bytes(raw), INDIRECT)[0]["list"]), place)
+                details.append(f"command {place} of the list")
+            elif entry["detail"]:
                 details.append(f"detail {entry['detail']}")
+            raw = bytes(entry["command"])
     if raw is not None:
         facts["command"] = decode(raw)
     if code in _AT_ADDRESSES and facts.get("address"):

@@ -116,6 +116,10 @@ class DeviceTimeout(MaiaError, TimeoutError):
     report: Any = None
 
 
+class CaptureError(MaiaError):
+    """A call that a capture cannot take, or streams that a capture left apart. The streams go on as before it."""
+
+
 class RaceError(MaiaError):
     """Validation: two streams touch the same memory, one of them writes, and nothing orders them.
 
@@ -267,12 +271,14 @@ class DeviceFault(MaiaError):
         The command, decoded.
     where : str
         ``file:line`` that submitted it; empty where that is not known.
+    node : str
+        Of a graph's replay: which node it was, the line that made it, and its buffers. Empty for other commands.
     lost : tuple of maia_rt.LostCommand
         It and those that did not run because of it, as far as that was known when this was raised.
     """
 
     def __init__(self, code: int, *, device: str, queue: int, sequence: int, address: int = 0, command: str = "",
-                 detail: str = "", stream: str = "", buffer: str = "", where: str = "",
+                 detail: str = "", stream: str = "", buffer: str = "", where: str = "", node: str = "",
                  lost: Sequence[Any] = ()) -> None:
         try:
             row = FAULTS[FaultCode(code)]
@@ -287,6 +293,7 @@ class DeviceFault(MaiaError):
         self.buffer = buffer
         self.command = command
         self.where = where
+        self.node = node
         self.lost = tuple(lost)
         what = f"{device}: {stream + ' on ' if stream else ''}queue {queue}: command {sequence} failed: {row.code.name}"
         if address:
@@ -295,7 +302,7 @@ class DeviceFault(MaiaError):
             what += f", {buffer},"
         if command:
             what += f" in {command}"
-        notes = [note for note in (detail, f"submitted at {where}" if where else "") if note]
+        notes = [note for note in (detail, node, f"submitted at {where}" if where else "") if note]
         if notes:
             what += f" ({', '.join(notes)})"
         super().__init__(what, cause=row.meaning, hint=row.recovery)

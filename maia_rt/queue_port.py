@@ -33,6 +33,8 @@ class QueuePort:
         Serves the device's event vector if it has fired; for those who only ask, and do not wait.
     explain : callable or None
         Given a queue's number: what it hangs at, as an object with a ``sentence``, or None.
+    listed : callable
+        Given the address of a list and a place in it: which node of a graph that is; empty for lists of nobody's.
     """
 
     device: str
@@ -46,6 +48,7 @@ class QueuePort:
     faults: Callable[[], npt.NDArray[Any]]
     look: Callable[[], object]
     explain: Callable[[int], Any] | None = None
+    listed: Callable[[int, int], str] = lambda address, place: ""
 
 
 class QueueAdmin(Protocol):

@@ -27,15 +27,22 @@ class AddressBook:
     ----------
     memories : set
         Those that were made and are still referred to. It is read only when an address is looked up.
+
+    Attributes
+    ----------
+    closings : int
+        How often memory or a program was closed: graphs look again at what they use where it has changed.
     """
 
     def __init__(self, memories: Collection[Memory]) -> None:
         self._memories = memories
         self._freed: deque[_Freed] = deque(maxlen=_REMEMBERED)
+        self.closings = 0
 
     def forget(self, address: int, nbytes: int, text: str) -> None:
         """Remember that memory was given back; `text` says what it was."""
         self._freed.append(_Freed(address, nbytes, text))
+        self.closings += 1
 
     def describe(self, address: int) -> str:
         """Say what an address hits or nearly hits.

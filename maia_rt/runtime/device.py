@@ -31,6 +31,8 @@ from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.callback import Dispatcher
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
+from maia_rt.runtime.graph import Graph
+from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
 from maia_rt.runtime.host_buffer import HostBuffer
 from maia_rt.runtime.in_use import Reader, Use, find_use, wait_for_use
@@ -91,6 +93,7 @@ class Device:
         self._programs: weakref.WeakSet[Program] = weakref.WeakSet()
         self._semaphores: weakref.WeakSet[Semaphore] = weakref.WeakSet()
         self._dispatcher: Dispatcher | None = None
+        self._graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
         self._addresses = AddressBook(self._memories)
@@ -122,7 +125,8 @@ class Device:
     def _make_queue(self, number: int, first_index: int, priority: int, entries: int) -> QueuePair:
         firmware = self._firmware
         queue = QueuePair(
-            firmware, self._pool, replace(firmware.port(), explain=on_timeout(self)), queue=number, vector=1 + number,
+            firmware, self._pool, replace(firmware.port(), explain=on_timeout(self), listed=self._explain_listed),
+            queue=number, vector=1 + number,
             eventfd=firmware.vectors[1 + number], entries=entries, spin_ns=_SPIN_NS, initial=first_index,
             timeout=self.timeout, priority=priority, sites=self._sites, describe=self._addresses.describe)
         firmware.watch(queue)
@@ -392,6 +396,11 @@ class Device:
         self._programs.add(program)
         return program
 
+    def create_graph(self) -> GraphBuilder:
+        """Return a graph without nodes, to be built by hand. A stream's capture makes one of a stream's commands."""
+        self._require_open()
+        return GraphBuilder(self)
+
     # --- all of it ---------------------------------------------------------------------------------------------------
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -478,6 +487,8 @@ class Device:
         self._queues.release()
         for stream in streams:
             stream._stopped()
+        for graph in list(self._graphs):
+            graph._stopped()
         for program in list(self._programs):
             program._closed = True
         for semaphore in list(self._semaphores):
@@ -528,6 +539,10 @@ class Device:
             if self._dispatcher is None:
                 self._dispatcher = Dispatcher(self.name)
             return self._dispatcher
+
+    def _explain_listed(self, address: int, place: int) -> str:
+        """Say which node of which graph a place in a list is, empty where it is none's."""
+        return next(filter(None, (graph._explain(address, place) for graph in list(self._graphs))), "")
 
     def _open_streams(self) -> Iterator[Stream]:
         return (stream for stream in list(self._streams) if not stream.closed)

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final
 
 from maia_rt.contract.commands import Opcode
-from maia_rt.errors import InvalidArgument, InvalidType
+from maia_rt.errors import CaptureError, InvalidArgument, InvalidType
 from maia_rt.queue import QueuePair, Timing
 from maia_rt.runtime import check
 from maia_rt.runtime.awaiting import reach
@@ -39,6 +39,8 @@ class Event:
         self._sequence = 0
         self._stream: weakref.ref[Stream] | None = None
         self._time: Timing | None = None
+        # In a capture: which stream's, and the nodes it comes after.
+        self._captured: tuple[Any, list[Any]] | None = None
 
     @property
     def stream(self) -> Stream | None:
@@ -46,6 +48,7 @@ class Event:
         return None if self._stream is None else self._stream()
 
     def _record(self, stream: Stream) -> None:
+        self._captured = None
         if not self.timing:
             self._queue, self._sequence = stream._mark()
         else:
@@ -65,6 +68,7 @@ class Event:
             Something before it failed.
         DeviceLost, ForkedError
         """
+        self._require_moment()
         if self._queue is None:
             return True
         if not self._queue.done(self._sequence):
@@ -91,6 +95,7 @@ class Event:
         """
         if timeout is not None:
             check.seconds(timeout)
+        self._require_moment()
         if self._queue is not None and not self._queue.done(self._sequence):
             if self.device._dispatcher is not None:
                 self.device._dispatcher.refuse_wait(self.stream)
@@ -116,6 +121,7 @@ class Event:
             The text says what the stream is at.
         DeviceLost, ClosedError, ForkedError
         """
+        self._require_moment()
         queue, sequence = self._queue, self._sequence
         seconds = self.device.timeout if timeout is None else check.seconds(timeout)
         if queue is not None:
@@ -126,6 +132,10 @@ class Event:
     def __await__(self) -> Generator[Any, None, None]:
         """Wait in asyncio; see :meth:`synchronize_async`."""
         return self.synchronize_async().__await__()
+    def _require_moment(self) -> None:
+        if self._captured is not None:
+            raise CaptureError("the event was recorded in a capture", cause="it stands for a place in a graph, not for "
+                               "a moment", hint="record it again after the launch of the graph")
 
     @property
     def time_ns(self) -> int:
@@ -155,6 +165,8 @@ class Event:
         return (self.time_ns - start.time_ns) / 1e6
 
     def __repr__(self) -> str:
+        if self._captured is not None:
+            return "<Event of a capture>"
         if self._queue is None:
             return "<Event, not recorded>"
         return f"<Event at command {self._sequence} of queue {self._queue.id}{', timed' if self.timing else ''}>"

@@ -196,6 +196,7 @@ class Program(Mapping[str, Kernel]):
         """Unload the program once the device is done with what was submitted; idempotent."""
         if not self._closed:
             self._closed = True
+            self.device._addresses.closings += 1
             self.device._unload(self._first)
 
     def __enter__(self) -> Program:

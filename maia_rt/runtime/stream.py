@@ -31,6 +31,7 @@ from maia_rt.runtime import check
 from maia_rt.runtime.awaiting import reach
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.callback import StreamCalls
+from maia_rt.runtime.capture import Capture, fork
 from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pool import MemoryPool, allocate, free
@@ -158,6 +159,9 @@ class Stream(Lane):
         width : int
             1, 2 or 4; address and size of `dst` are multiples of it.
         """
+        if self._capture is not None:
+            self._capture.fill(dst, value, width)
+            return
         if width not in _WIDTHS:
             raise InvalidArgument(f"a pattern has 1, 2 or 4 bytes, not {width}")
         self._require_own(dst, "dst")
@@ -264,6 +268,9 @@ class Stream(Lane):
             Nothing was submitted then.
         QueueFull, DeviceFault, DeviceLost
         """
+        if self._capture is not None:
+            self._capture.launch(kernel, *args, clusters=clusters)
+            return
         words = kernel.encode(args)
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
@@ -291,6 +298,9 @@ class Stream(Lane):
         -------
         Event
         """
+        if self._capture is not None:
+            captured: Event = self._capture.record(event, timing)
+            return captured
         self._require_open()
         event = event or Event(self.device, timing)
         if event.device is not self.device:
@@ -337,6 +347,9 @@ class Stream(Lane):
         event = check.instance(what, Event, "what a stream waits for", "pass an event, a stream or a semaphore")
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
+        if event._captured is not None:
+            fork(self, event)
+            return
         if self.device._validator is not None:
             self.device._validator.wait(self, event)
         queue, sequence = event._queue, event._sequence
@@ -480,6 +493,21 @@ class Stream(Lane):
             calls = self._calls
         self.device._callbacks().call(self, calls, function, args)
 
+    def capture(self) -> Capture:
+        """Capture commands into a graph: ``with stream.capture() as capture: ...``, then ``capture.instantiate()``.
+
+        Inside the block commands of this stream do not run; they become nodes. So do those of another stream from where
+        it waits for an event that this one records there, until this one waits for an event of that one; it has to.
+
+        Raises
+        ------
+        CaptureError
+            In the block, by what cannot be captured: waits of the program, events from outside, allocations. The
+            call has no effect then. At the end of the block: a stream has not come back. The streams go on as before.
+        """
+        self._require_open()
+        return Capture(self)
+
     # --- waiting -----------------------------------------------------------------------------------------------------
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -498,6 +526,8 @@ class Stream(Lane):
             The text says what the stream is at.
         DeviceLost, ClosedError, ForkedError
         """
+        if self._capture is not None:
+            raise self._capture.refuse("synchronize", "nothing has been submitted; launch the graph, then wait")
         self._require_open()
         queue, sequence = self._mark()
         if self.device._dispatcher is not None:
@@ -523,6 +553,8 @@ class Stream(Lane):
         DeviceFault, DeviceTimeout, DeviceLost, ClosedError, ForkedError
             As :meth:`synchronize`.
         """
+        if self._capture is not None:
+            raise self._capture.refuse("synchronize_async", "nothing has been submitted; launch the graph, then wait")
         self._require_open()
         queue, sequence = self._mark()
         await reach(queue, sequence, self.timeout if timeout is None else check.seconds(timeout))
@@ -533,6 +565,8 @@ class Stream(Lane):
 
     def query(self) -> bool:
         """Say whether everything submitted so far is done. Raises as :meth:`synchronize`."""
+        if self._capture is not None:
+            raise self._capture.refuse("query", "nothing has been submitted; launch the graph, then ask")
         self._require_open()
         queue, sequence = self._mark()
         if not queue.done(sequence):
@@ -661,6 +695,8 @@ class Stream(Lane):
             Not everything was done. The stream is closed all the same; what it had outstanding is aborted.
         """
         if not self.closed and not self.device._forked:
+            if self._capture is not None:
+                self._capture.capture._end("ended by the close of a stream")
             try:
                 self.synchronize()
             finally:
