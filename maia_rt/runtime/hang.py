@@ -141,7 +141,11 @@ def examine(device: Device, focus: int | None = None) -> HangReport:
     scene = Scene(device)
     links = {number: _link(scene, one) for number, one in scene.queues.items() if len(one.commands)}
     order = list(_chain(links, [focus] if focus is not None else _starts(links)))
+    failed = "".join(f"; {stream.name} stands still after a fault" for stream in device._open_streams()
+                     if stream.failed)
     verdict, sentence, cycle = _judge({number: links[number] for number in order}, len(scene.queues))
+    if verdict is HangVerdict.IDLE:
+        sentence += failed
     if scene.insight.ailment:
         verdict, sentence = HangVerdict.FIRMWARE, f"the device does not answer; {sentence}"
     return HangReport(device.name, verdict, sentence, tuple(links[number] for number in order), cycle,

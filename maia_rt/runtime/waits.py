@@ -10,6 +10,7 @@ import numpy as np
 
 from maia_rt.contract.commands import (
     COMMAND,
+    INDIRECT,
     LAUNCH,
     Condition,
     Opcode,
@@ -95,8 +96,20 @@ def stage_waits(scene: Scene, one: Outstanding, row: Any) -> Iterator[HangWait]:
 def describe(device: Device, raw: bytes, row: Any) -> str:
     """What a command's 64 bytes do not say: its kernel's name, and the place in its list."""
     if row is not None and row["list_count"]:
-        return f"at {row['list_index']} of its list of {row['list_count']}: {decode(bytes(row['command']))}"
+        at, count = int(row["list_index"]), int(row["list_count"])
+        node = _node(device, raw, at)
+        return f"at {at} of its list of {count}: {decode(bytes(row['command']))}" + (f", {node}" if node else "")
     return _kernel(device, raw) if raw[0] == Opcode.LAUNCH else ""
+
+
+def _node(device: Device, raw: bytes, at: int) -> str:
+    """Which node of a graph a place in its list is, empty where the list is no graph's."""
+    address = int(np.frombuffer(raw, INDIRECT)[0]["list"])
+    for graph in list(getattr(device, "_graphs", ())):
+        text: str = graph._explain(address, at)
+        if text:
+            return text
+    return ""
 
 
 def _kernel(device: Device, raw: bytes) -> str:
@@ -127,7 +140,10 @@ def _mirror_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -
 def _semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
     posts = tuple(scene.signallers(index))
     text = f"waits for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}{_last_writer(scene, index)}"
-    return HangWait(text + _who(posts, "signal"), _queues(posts), index, value, wanted, posts)
+    text += _who(posts, "signal")
+    if not _queues(posts) and any(one.index == index and not one.closed for one in list(scene.device._semaphores)):
+        text += "; the program can, for it holds the semaphore"
+    return HangWait(text, _queues(posts), index, value, wanted, posts)
 
 
 def _value_wait(scene: Scene, row: Any) -> HangWait:

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
 
 import maia_rt
 from maia_rt import HangVerdict
-from maia_rt.contract.commands import Opcode, PostOp, WaitOp
+from maia_rt.contract.commands import BRANCH, COMMAND, BranchSource, Condition, Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout, InvalidArgument
 from maia_rt.observe import live
 from maia_rt.runtime.waits import _kernel
@@ -18,6 +19,13 @@ from tests.helpers.tiny_program import image as tiny_image
 
 FIRST = 1000
 """The first of some semaphores that no queue mirrors into."""
+
+
+def eventually(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 @pytest.fixture
@@ -164,18 +172,20 @@ def test_who_waits_for_what_another_stream_lost_is_told_of_its_failure(device, s
                      rf"was lost, for {broken.name} has failed in TRAP", report.sentence)
     release(FIRST + 1)
     waiting.synchronize()
-    assert device.hang_report().verdict is HangVerdict.IDLE
+    report = device.hang_report()
+    assert report.verdict is HangVerdict.IDLE
+    assert report.sentence.endswith(f"{broken.name} stands still after a fault")
     broken.recover()
+    assert "fault" not in device.hang_report().sentence
 
 
 def test_a_semaphore_of_a_list_names_its_place(device, streams, release):
     first, second, *_ = streams
-    commands = np.zeros(3, np.dtype((np.void, 64))).view(np.uint8).reshape(3, 64)
-    commands[:, 0] = Opcode.NOP
-    commands[2, 24:32] = np.frombuffer(np.array([FIRST, PostOp.SET, 1, 0], "<u2").tobytes(), np.uint8)
-    commands[2, 28:32] = [1, 0, 0, 0]
+    commands = np.zeros(3, COMMAND)
+    commands["opcode"] = Opcode.NOP
+    commands["post"][2, 0] = (FIRST, PostOp.SET, 0, 1)
     with device.allocate_host(192) as pinned:
-        pinned.array[:] = commands.reshape(-1)
+        pinned.array[:] = np.frombuffer(commands.tobytes(), np.uint8)
         block(first, FIRST)
         second._submit(Opcode.INDIRECT, payload=(pinned.address, 3, 0), pre=((FIRST + 1, WaitOp.GE, 1),),
                        unbounded=True)
@@ -232,6 +242,90 @@ def test_the_process_answers_while_its_main_thread_waits(device, streams, releas
     streams[0].synchronize(20)
     thread.join()
     assert [answer["verdict"] for answer in answers if answer["hangs"]] == ["unsignalled"]
+
+
+def test_a_semaphore_of_the_program_is_said_to_be_its_own(device, streams):
+    with device.create_semaphore() as semaphore:
+        streams[0].wait(semaphore, 3)
+        streams[1].wait(streams[0])
+        report = device.hang_report()
+        assert report.verdict is HangVerdict.UNSIGNALLED
+        assert f"waits for {semaphore.name} >= 3, which is 0" in report.sentence
+        assert report.sentence.endswith("nobody that is submitted will ever signal it; the program can, for it holds "
+                                        "the semaphore")
+        semaphore.set(2)
+        assert "last written by the host" in device.hang_report().sentence
+        streams[2].signal(semaphore)
+        device.synchronize()
+
+
+def test_who_wrote_a_semaphore_last_is_named_with_the_line(device, streams, release):
+    sequence = post(streams[1], FIRST, 5)
+    streams[1].synchronize()
+    block(streams[0], FIRST, 6)
+    (wait,) = device.hang_report().links[0].waits
+    assert re.search(rf"which is 5, last written by command {sequence} of queue {streams[1].queue.id}, submitted at "
+                     r".*test_hang\.py:\d+", wait.text)
+    post(streams[1], FIRST, 6)
+    device.synchronize()
+    release(FIRST)
+
+
+def test_a_word_of_memory_and_who_writes_it(device, streams, release):
+    first, second, *_ = streams
+    with device.allocate_host(1, np.uint32) as word:
+        word.array[:] = 3
+        first.wait_value(word, 7, condition="eq")
+        report = device.hang_report()
+        assert report.verdict is HangVerdict.UNSIGNALLED
+        assert (f"waits for the word at {word.address:#x} == 7, which is 3; nobody that is submitted will ever write"
+                in report.sentence)
+        block(second, FIRST)
+        second.write_value(word, 7)
+        report = device.hang_report()
+        assert [link.queue for link in report.links] == [first.queue.id, second.queue.id]
+        assert re.search(rf"command \d+ of queue {second.queue.id} \({second.name}\) will write it, submitted at "
+                         r".*test_hang", report.links[0].waits[0].text)
+        release(FIRST)
+        device.synchronize()
+
+
+def test_a_list_that_is_stuck_says_at_which_of_its_commands(device, streams, release):
+    commands = np.zeros(3, COMMAND)
+    commands["opcode"] = Opcode.NOP
+    commands["pre"][1, 0] = (FIRST, WaitOp.GE, 0, 1)
+    with device.allocate_host(192) as pinned:
+        pinned.array[:] = np.frombuffer(commands.tobytes(), np.uint8)
+        streams[0]._submit(Opcode.INDIRECT, payload=(pinned.address, 3, 0), unbounded=True)
+        streams[1].wait(streams[0])
+        assert eventually(lambda: device.hang_report().hangs)
+        report = device.hang_report()
+        assert report.verdict is HangVerdict.UNSIGNALLED
+        link = report.links[-1]
+        assert link.command.startswith("INDIRECT")
+        assert link.detail.startswith("at 1 of its list of 3: NOP pre=[#1000>=1]")
+        assert link.waits[0].semaphore == FIRST
+        release(FIRST)
+        device.synchronize()
+
+
+def test_a_list_that_goes_round_for_ever_says_where(device, streams):
+    commands = np.zeros(2, COMMAND)
+    commands["opcode"] = Opcode.NOP
+    with device.allocate_host(192) as pinned, device.allocate_host(1, np.uint32) as word:
+        word.array[:] = 0
+        branch = np.zeros((), BRANCH)
+        branch["opcode"], branch["where"], branch["value"], branch["mask"] = Opcode.BRANCH, word.address, 0, 0xFFFFFFFF
+        branch["condition"], branch["source"] = Condition.EQ, BranchSource.MEMORY
+        pinned.array[:128] = np.frombuffer(commands[:1].tobytes() + branch.tobytes(), np.uint8)
+        streams[0]._submit(Opcode.INDIRECT, payload=(pinned.address, 2, 0), unbounded=True)
+        streams[1].wait(streams[0])
+        report = device.hang_report()
+        assert report.verdict is HangVerdict.WAITING
+        assert report.links[-1].state == "runs"
+        assert re.match(r"at [01] of its list of 2: (NOP|BRANCH)", report.links[-1].detail)
+        word.array[:] = 1
+        device.synchronize()
 
 
 def test_a_launch_is_shown_with_its_kernels_name(device, stream, release):
