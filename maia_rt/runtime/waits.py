@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ from maia_rt.runtime.outstanding import Outstanding, Scene, Signaller
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
+    from maia_rt.runtime.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,30 @@ def _mirror_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -
 
 
 def _semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
+    for stream in scene.device._open_streams():
+        if stream._calls is not None and stream._calls.semaphore.index == index:
+            return HangWait(_call(scene.device, stream), (), index, value, wanted, by_program=True)
     posts = tuple(scene.signallers(index))
     text = f"waits for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}{_last_writer(scene, index)}"
     text += _who(posts, "signal")
     if not _queues(posts) and any(one.index == index and not one.closed for one in list(scene.device._semaphores)):
         text += "; the program can, for it holds the semaphore"
     return HangWait(text, _queues(posts), index, value, wanted, posts)
+
+
+def _call(device: Device, stream: Stream) -> str:
+    """What a stream waits for that has called a function of the program."""
+    dispatcher = device._dispatcher
+    running = None if dispatcher is None else dispatcher._running
+    if dispatcher is None or running is None:
+        return "waits for a function that it called, which is about to run"
+    frame = sys._current_frames().get(dispatcher._thread.ident or 0)
+    while frame is not None and frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("maia_rt."):
+        frame = frame.f_back
+    at = "" if frame is None else f", at {frame.f_code.co_filename}:{frame.f_lineno}"
+    if running is stream:
+        return f"waits for a function that it called, which is running{at}"
+    return f"waits for a function that it called, which runs after one that {running.name} called{at}"
 
 
 def _value_wait(scene: Scene, row: Any) -> HangWait:

@@ -271,6 +271,28 @@ def test_who_wrote_a_semaphore_last_is_named_with_the_line(device, streams, rele
     release(FIRST)
 
 
+def test_a_function_that_takes_long_is_shown_with_the_line_where_it_is(device, streams):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        go_on.wait(10)
+
+    first, second, third, _ = streams
+    first.call(slow)
+    assert begun.wait(10)
+    second.call(int)
+    third.wait(first)
+    report = device.hang_report()
+    texts = {link.queue: link.waits[0].text for link in report.links}
+    go_on.set()
+    assert report.verdict is HangVerdict.WAITING
+    assert re.search("function that it called, which is running, at .*threading.py", texts[first.queue.id])
+    assert f"runs after one that {first.name} called" in texts[second.queue.id]
+    device.synchronize()
+    assert device.hang_report().verdict is HangVerdict.IDLE
+
+
 def test_a_word_of_memory_and_who_writes_it(device, streams, release):
     first, second, *_ = streams
     with device.allocate_host(1, np.uint32) as word:
