@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maia_rt.contract.dtype import Dtype
+    from maia_rt.contract.injection import Injection
     from maia_rt.contract.microscaling import from_mx, to_mx
     from maia_rt.loss import LostCommand
     from maia_rt.memory import Space
@@ -45,6 +46,7 @@ __all__ = [
     "HangVerdict",
     "HangWait",
     "HostBuffer",
+    "Injection",
     "Kernel",
     "LostCommand",
     "MemoryPool",
@@ -69,6 +71,7 @@ _HOMES = {
     "DeviceInfo": "discovery", "Event": "event",
     "Graph": "graph", "GraphBuilder": "graph_builder", "GraphNode": "graph_node", "NodeTime": "graph",
     "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang", "HostBuffer": "host_buffer",
+    "Injection": "contract.injection",
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",

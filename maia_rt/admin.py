@@ -36,8 +36,12 @@ from maia_rt.transport.uapi import PciRegion
 ENTRIES_LOG2: Final = 4
 PAGE_BYTES: Final = 16 * 1024
 MESSAGE_BYTES: Final = 1024
-HEARTBEAT_SECONDS: Final = 1.0
+HEARTBEAT_SECONDS: Final = 0.5
 """A heartbeat that stands still for so long is dead firmware."""
+LOOK_SECONDS: Final = 0.1
+"""How often who waits looks at it."""
+INTERRUPT_SECONDS: Final = 1.0
+"""How long a command that was interrupted may still take."""
 SETTLE_MS: Final = 2
 """How long the interrupt of a completion may follow it."""
 _SPIN_SECONDS: Final = 0.0002
@@ -216,7 +220,7 @@ class AdminQueue:
         """
         expected = self._tail & _U32
         start = time.monotonic()
-        deadline, next_look, beat = start + self._timeout, start + HEARTBEAT_SECONDS, -1
+        deadline, next_look, beat = start + self._timeout, start + LOOK_SECONDS, (-1, start)
         interrupt: KeyboardInterrupt | None = None
         while int(self._cq["sequence"][slot]) != expected:
             now = time.monotonic()
@@ -226,14 +230,16 @@ class AdminQueue:
                     raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {opcode.name} within "
                                         f"{now - start:.1f} s", cause="firmware hangs", hint="reset the device")
                 if now > next_look:
-                    next_look, beat = now + HEARTBEAT_SECONDS, self._listen(beat)
+                    next_look, beat = now + LOOK_SECONDS, self._listen(beat, now)
                 if now > start + _SPIN_SECONDS:
                     self._sleep()
             except KeyboardInterrupt as error:
                 interrupt = error
-                deadline = min(deadline, now + HEARTBEAT_SECONDS)
+                deadline = min(deadline, now + INTERRUPT_SECONDS)
         # The interrupt that told it is served here, or the next thread that waits for a queue would have to.
-        self._sleep(SETTLE_MS)
+        # A device that has gone since is news for the next one: this command is done.
+        with contextlib.suppress(DeviceLost):
+            self._sleep(SETTLE_MS)
         record = self._cq[slot]
         if interrupt is not None:
             raise interrupt
@@ -259,18 +265,18 @@ class AdminQueue:
             else:
                 self._transport.service()
 
-    def _listen(self, before: int) -> int:
-        """Return the heartbeat; raise where it stands still or the state says that firmware is gone."""
+    def _listen(self, before: tuple[int, float], now: float) -> tuple[int, float]:
+        """Return the heartbeat and since when it is that; raise where it stands still or firmware says it is dead."""
         status, beat = (self._transport.read(PciRegion.BAR0, offset, 4) for offset in (Bar0.STATUS, Bar0.HEARTBEAT))
         name = self._transport.name
         if status == beat == _U32:
             raise DeviceLost(f"{name}: registers read as all ones", cause="the link is down or the device was removed")
         if BAR0["STATUS"].get(status, "BOOT") != BootState.READY:
             raise FirmwareError(f"{name}: firmware died", hint="reset the device")
-        if beat == before:
+        if beat == before[0] and now - before[1] > HEARTBEAT_SECONDS:
             raise FirmwareError(f"{name}: the heartbeat stands still at {beat}", cause="firmware hangs",
                                 hint="reset the device")
-        return beat
+        return before if beat == before[0] else (beat, now)
 
     # --- refusals ----------------------------------------------------------------------------------------------------
 

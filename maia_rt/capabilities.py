@@ -30,6 +30,7 @@ class Capabilities:
     indirect: bool
     signal_remote: bool
     crc: bool
+    injection: bool
     wait_value: bool
     branch: bool
     list_options: bool
@@ -112,6 +113,7 @@ def read_capabilities(transport: Transport) -> Capabilities:
         emulated=bool(device["EMULATED"]), revision=device["REVISION"], serial=register("SERIAL"),
         needs_wake=bool(caps["NEEDS_WAKE"]), indirect=bool(caps["INDIRECT"]),
         signal_remote=bool(caps["SIGNAL_REMOTE"]), crc=bool(caps["CRC"]),
+        injection=bool(caps["INJECTION"]),
         wait_value=bool(caps["WAIT_VALUE"]), branch=bool(caps["BRANCH"]), list_options=bool(caps["LIST_OPTIONS"]),
         crc_compare=bool(caps["CRC_COMPARE"]), priorities=scheduling["PRIORITIES"] or 1,
         dtypes=frozenset(set(Dtype) - lacking),

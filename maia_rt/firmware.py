@@ -15,13 +15,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from maia_rt.admin import MESSAGE_BYTES, AdminQueue
+from maia_rt.admin import HEARTBEAT_SECONDS, MESSAGE_BYTES, AdminQueue
 from maia_rt.capabilities import Capabilities, read_capabilities
 from maia_rt.contract.commands import (
     COUNTER_NAMES,
     COUNTERS,
     FAULT,
     IDENTIFY,
+    INJECTION,
     QUEUE_LOG,
     RANGE,
     SEMAPHORE_LOG,
@@ -31,6 +32,7 @@ from maia_rt.contract.commands import (
     Opcode,
     PostOp,
 )
+from maia_rt.contract.injection import Injection
 from maia_rt.contract.registers import BAR0, Bar0, BootState
 from maia_rt.errors import (
     ClosedError,
@@ -92,6 +94,7 @@ class Firmware:
         self._fds: list[int] = []
         self._admin_queue: AdminQueue | None = None
         self._enabled = False
+        self._beat = -1, 0.0
         self._semaphores: npt.NDArray[np.uint32] | None = None
         config = PciRegion.CONFIG
         self._config = (partial(transport.read, config), partial(transport.write, config))
@@ -124,6 +127,21 @@ class Firmware:
                              cause="the link is down or the device was removed",
                              hint="look at the slot, then open the device anew")
 
+    def check_beating(self) -> None:
+        """Raise DeviceLost where the device is gone, FirmwareError where its firmware is dead. For whoever waits."""
+        self.check_alive()
+        state = BAR0["STATUS"].get(self.register("STATUS"), "BOOT")
+        if not self._enabled or state not in (BootState.READY, BootState.FAILED):
+            return
+        beat, now = self.register("HEARTBEAT"), time.monotonic()
+        if beat != self._beat[0]:
+            self._beat = beat, now
+        if state == BootState.FAILED:
+            raise FirmwareError(f"{self._transport.name}: firmware died", hint="reset the device")
+        if now - self._beat[1] > HEARTBEAT_SECONDS:
+            raise FirmwareError(f"{self._transport.name}: the heartbeat stands still at {beat}",
+                                cause="firmware hangs", hint="reset the device")
+
     # --- boot --------------------------------------------------------------------------------------------------------
 
     def boot(self, pool: PinnedPool) -> None:
@@ -148,6 +166,7 @@ class Firmware:
                                            self._repair_queues)
         self._admin.announce()
         self._transport.write(PciRegion.BAR0, Bar0.CONTROL, 4, BAR0["CONTROL"].field("ENABLE").mask)
+        self._beat = -1, time.monotonic()
         self._enabled = True
         self._await_state(BootState.READY, BOOT_SECONDS)
         window = self._transport.map(PciRegion.BAR2, self.capabilities.semaphore_window,
@@ -206,7 +225,7 @@ class Firmware:
         return QueuePort(
             device=transport.name, event_fd=self._fds[0], liveness_fd=-1 if liveness is None else liveness,
             wake=wake if self.capabilities.needs_wake else None, service=transport.service, on_event=self.on_event,
-            check_alive=self.check_alive, doorbell_page=partial(transport.map, PciRegion.BAR2), faults=self.faults,
+            check_alive=self.check_beating, doorbell_page=partial(transport.map, PciRegion.BAR2), faults=self.faults,
             look=self.look)
 
     def watch(self, queue: QueuePair) -> None:
@@ -320,6 +339,31 @@ class Firmware:
     def get_feature(self, feature: Feature) -> int:
         """Return a feature's value."""
         return self._admin.execute(AdminOpcode.GET_FEATURE, feature)[0]
+
+    def inject(self, injection: Injection) -> int:
+        """Arm an injection; return its number.
+
+        Raises
+        ------
+        Unsupported
+            The device makes no faults on purpose.
+        ResourceExhausted
+            As many are armed as there is room for.
+        """
+        self._require_injection()
+        params = np.frombuffer(injection.pack(), INJECTION)
+        return self._admin.execute(AdminOpcode.INJECT, params=params)[0]
+
+    def clear_injections(self) -> int:
+        """Disarm every injection, and let go of what they hold; return how often they struck since boot."""
+        self._require_injection()
+        return self._admin.execute(AdminOpcode.CLEAR_INJECTIONS)[0]
+
+    def _require_injection(self) -> None:
+        if not self.capabilities.injection:
+            raise Unsupported(f"{self._transport.name}: the device makes no faults on purpose",
+                              cause="CAPS.INJECTION is clear: it is for emulators and bring-up",
+                              hint="use the emulated device")
 
     def counters(self) -> dict[str, int]:
         """Return what the device did since boot; commands by opcode as ``by_opcode_NAME``."""

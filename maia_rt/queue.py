@@ -45,7 +45,7 @@ DEFAULT_TIMEOUT: Final = 30.0
 LONGEST_SECONDS: Final = 1e9
 """No wait is without a deadline."""
 
-SLICE_SECONDS: Final = 0.5
+SLICE_SECONDS: Final = 0.3
 """How often a wait looks whether the device is still there: the kernel's VFIO is silent where one just vanishes."""
 
 FAILED: Final = 1

@@ -14,6 +14,8 @@
     GET_FEATURE     feature                               value                      NOT_FOUND
     ABORT           queue     sequence                                               NOT_FOUND
     GET_LOG         log       address  bytes              bytes written   there are  NOT_FOUND, BAD_ADDRESS
+    INJECT          (the INJECTION structure)             number                     NO_RESOURCE
+    CLEAR_INJECTIONS                                      how often they struck
 
 An unknown opcode is INVALID_OPCODE. ``flags`` and every p not named are zero, else INVALID_FIELD. Addresses are device
 addresses: host memory, HBM or SRAM.
@@ -48,7 +50,8 @@ from maia_rt.contract.commands import (
     AdminStatus,
     Log,
 )
-from maia_rt.errors import ProgramError
+from maia_rt.contract.injection import Injection
+from maia_rt.errors import MaiaError, ProgramError
 
 if TYPE_CHECKING:
     from maia_emulator.engine import Engine
@@ -71,7 +74,11 @@ class AdminCommands:
         self._engine = engine
         self._profile = profile
         self._serial = serial
-        # Opcode -> (method, how many p it takes). CREATE_QUEUE takes all seven as its structure.
+        # Opcode -> (method, how many p it takes); two take all seven as a structure.
+        self._structured: dict[int, Callable[[bytes], Act]] = {
+            AdminOpcode.CREATE_QUEUE: self._create_queue,
+            AdminOpcode.INJECT: self._inject,
+        }
         self._methods: dict[int, tuple[Callable[..., Act], int]] = {
             AdminOpcode.IDENTIFY: (self._identify, 1),
             AdminOpcode.DELETE_QUEUE: (self._delete_queue, 1),
@@ -84,6 +91,7 @@ class AdminCommands:
             AdminOpcode.GET_FEATURE: (self._get_feature, 1),
             AdminOpcode.ABORT: (self._abort, 2),
             AdminOpcode.GET_LOG: (self._get_log, 3),
+            AdminOpcode.CLEAR_INJECTIONS: (self._clear_injections, 0),
         }
 
         # Log -> (what reads it, the bytes that are written together or not at all).
@@ -115,10 +123,10 @@ class AdminCommands:
 
     def _prepare(self, command: np.void) -> Act:
         p = [int(v) for v in command["p"]]
-        if int(command["opcode"]) == AdminOpcode.CREATE_QUEUE:
+        structured = self._structured.get(int(command["opcode"]))
+        if structured is not None:
             _require(int(command["flags"]) == 0)
-            raw = command["p"].tobytes()
-            return lambda: (self._engine.create_queue(raw), 0)
+            return structured(command["p"].tobytes())
         try:
             method, count = self._methods[int(command["opcode"])]
         except KeyError:
@@ -135,6 +143,19 @@ class AdminCommands:
         page["serial"] = f"{self._serial:016x}".encode()
         self._write(address, page.tobytes())
         return _nothing
+
+    def _create_queue(self, raw: bytes) -> Act:
+        return lambda: (self._engine.create_queue(raw), 0)
+
+    def _inject(self, raw: bytes) -> Act:
+        try:
+            Injection.unpack(raw)
+        except MaiaError as error:
+            raise AdminError(AdminStatus.INVALID_FIELD, error.what) from None
+        return lambda: (self._engine.inject(raw), 0)
+
+    def _clear_injections(self) -> Act:
+        return lambda: (self._engine.clear_injections(), 0)
 
     def _delete_queue(self, queue: int) -> Act:
         return _silent(lambda: self._engine.delete_queue(queue))

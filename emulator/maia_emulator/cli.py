@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -18,7 +19,10 @@ from typing import Final
 from maia_emulator.function import Function
 from maia_emulator.profiles import PROFILES, Profile
 from maia_emulator.server import ListeningSocket, Server, ServerError
+from maia_rt.contract.commands import MAX_INJECTIONS
 from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
+from maia_rt.contract.injection import Injection
+from maia_rt.errors import MaiaError
 
 DESCRIPTORS: Final = 16384
 
@@ -33,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 after an orderly end, 1 where a socket cannot be served. Wrong usage ends the process with 2.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if len(options.inject) > MAX_INJECTIONS:
+        parser.error(f"{len(options.inject)} injections; a device has room for {MAX_INJECTIONS}")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         return _run(options)
@@ -43,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    injections = _seeded(options.inject, options.seed)
+    for injection in injections:
+        print(f"maia_emulator: injecting {injection}", file=sys.stderr, flush=True)
     # A client may pass an eventfd for each of its device's vectors.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))
@@ -62,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         for number, end in enumerate(ends):
             function = Function(
                 _profile(options), seed=options.seed, number=number, workers=options.workers,
-                vendor_id=options.vendor_id, device_id=options.device_id,
+                vendor_id=options.vendor_id, device_id=options.device_id, injections=injections,
             )
             server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
             cleanup.callback(server.stop)
@@ -128,9 +138,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queues", type=_positive, metavar="N", help="how many hardware queues (default 64)")
     parser.add_argument("--seed", type=_count, default=0, help="decides serial numbers and random choices (default 0)")
     parser.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
+    parser.add_argument("--inject", type=_injection, action="append", default=[], metavar="SPEC",
+                        help="make a fault on purpose, from the start and after each reset, such as "
+                        "fault:code=ECC,opcodes=COPY,after=3 or delay:us=50,probability=0.1 (repeatable); "
+                        "its seed, where it has none, follows from --seed and is printed")
     parser.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")
     parser.add_argument("--device-id", type=_id, default=DEVICE_ID, metavar="ID", help=f"default {DEVICE_ID:#06x}")
     return parser
+
+
+def _injection(text: str) -> Injection:
+    try:
+        injection = Injection.parse(text)
+    except MaiaError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if injection.now:
+        raise argparse.ArgumentTypeError(f"{text!r}: now is for a device that runs; here a fault needs a command")
+    return injection
+
+
+def _seeded(injections: Sequence[Injection], seed: int) -> list[Injection]:
+    """Each with a seed of its own."""
+    return [dataclasses.replace(injection, seed=(seed + number) % 2**64) if injection.seed is None else injection
+            for number, injection in enumerate(injections)]
 
 
 def _count(text: str) -> int:

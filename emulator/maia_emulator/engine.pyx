@@ -16,10 +16,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from maia_emulator.injections cimport armed_t, trip
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
 from maia_emulator.queue_state cimport MAX_IN_FLIGHT, in_flight_t, queue_t, writer_t
 from maia_emulator.queues cimport FrontEnd
+from maia_emulator.strikes cimport let_go, strike
 from maia_emulator.support cimport add32, and32, clock_ns, load32, store32, store64, swap_if32
 from maia_emulator.tiles cimport Tiles, fill_kernel, free_kernel
 from maia_rt._fast.commands cimport (
@@ -27,6 +29,7 @@ from maia_rt._fast.commands cimport (
     FAULT_ABORTED,
     FAULT_LOG_ENTRIES,
     FAULT_NONE,
+    INJECT_NOW,
     NO_QUEUE,
     NO_VECTOR,
     POST_SET,
@@ -34,6 +37,7 @@ from maia_rt._fast.commands cimport (
     counters_t,
     create_queue_t,
     fault_t,
+    injection_t,
     progress_t,
 )
 from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
@@ -96,6 +100,7 @@ cdef class Engine:
     cdef context_t *contexts
     cdef object thread
     cdef dict features
+    cdef tuple permanent
     cdef dict added
 
     def __cinit__(self, *, uint32_t clusters, uint32_t tiles_per_cluster, uint32_t tile_sram_bytes,
@@ -124,6 +129,7 @@ cdef class Engine:
                               bar2_address=<size_t> self.bar2)
         self.front.counted_from = clock_ns()
         self.features = {}
+        self.permanent = ()
         self.added = {}
         self._set_defaults()
 
@@ -176,6 +182,10 @@ cdef class Engine:
             memset(self.contexts, 0, MAX_CONTEXTS * sizeof(context_t))
             self.contexts[0].live = True
             memset(self.bar2, 0, self.bar2_bytes)
+            front.injections.clear()
+            front.injections.struck = front.due = front.trips = 0
+            let_go(front)
+            front.gone = False
             memset(front.writers, 0, front.semaphore_count * sizeof(writer_t))
             memset(&front.counters, 0, sizeof(counters_t))
             memset(&front.traffic, 0, sizeof(front.traffic))
@@ -185,6 +195,9 @@ cdef class Engine:
             self.tiles.clear()
             self.added.clear()
             self._set_defaults()
+            for raw in self.permanent:
+                front.injections.arm(raw)
+            front.injecting = bool(self.permanent)
         finally:
             front.give()
 
@@ -200,6 +213,70 @@ cdef class Engine:
         """The WAKE register."""
         self.add_counter("wakes", 1)
         self.front.wake()
+
+    # Injections ---------------------------------------------------------------------------------------------------
+
+    def on_trip(self, told):
+        """Call ``told`` with a sum of `injections.FELL_SILENT`, DIED, WENT and HUNG_UP when one of them strikes."""
+        self.front.on_trip = told
+
+    def inject_always(self, injections):
+        """Arm INJECTION structures now, and anew with each `clear`."""
+        self.permanent = tuple(injections)
+        for raw in self.permanent:
+            self.inject(raw)
+
+    def inject(self, bytes raw not None):
+        """Arm a checked INJECTION structure; returns its number. One that strikes at once waits for `strike_due`."""
+        cdef injection_t rule
+        cdef FrontEnd front = self.front
+        cdef armed_t armed
+        memcpy(&rule, <const char *> raw, sizeof(rule))
+        if rule.queue != <uint32_t> ANY_QUEUE and rule.queue >= front.max_queues:
+            raise AdminError(AdminStatus.INVALID_FIELD, f"there is no queue {rule.queue}")
+        with nogil:
+            front.take()
+        try:
+            if rule.flags & INJECT_NOW:
+                armed.rule = rule
+                front.due |= trip(&armed)
+                front.injections.numbers += 1
+                return front.injections.numbers
+            number = front.injections.arm(raw)
+            if not number:
+                raise AdminError(AdminStatus.NO_RESOURCE, "no room for another injection")
+            front.injecting = True
+            return number
+        finally:
+            front.give()
+
+    def strike_due(self):
+        """Let what was armed to strike at once do so."""
+        cdef FrontEnd front = self.front
+        if front.due:
+            with nogil:
+                front.take()
+                front.injections.struck += 1
+                strike(front, front.due)
+                front.due = 0
+                front.give()
+            front.wake()
+
+    def clear_injections(self):
+        """Disarm all; returns how often they struck."""
+        cdef FrontEnd front = self.front
+        with nogil:
+            front.take()
+            front.injections.clear()
+            let_go(front)
+            front.give()
+        front.wake()
+        return front.injections.struck
+
+    @property
+    def gone(self):
+        """Whether the device has been removed, as it were."""
+        return self.front.gone
 
     # Memory -------------------------------------------------------------------------------------------------------
 

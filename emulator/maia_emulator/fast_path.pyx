@@ -171,11 +171,17 @@ cdef class RegisterMemory:
     ----------
     size : int
         Bytes, a multiple of 8.
+
+    Attributes
+    ----------
+    hidden : bool
+        No access is plain.
     """
 
     cdef uint8_t *values
     cdef uint8_t *plain
     cdef readonly uint32_t size
+    cdef public bint hidden
 
     def __cinit__(self, uint32_t size):
         if size % 8:
@@ -217,7 +223,7 @@ cdef class RegisterMemory:
         """Serve a plain access in place; False where it is not one."""
         cdef uint8_t allowed
         cdef uint32_t width = message.count
-        if message.region != 0 or (width != 4 and width != 8) or message.offset % width \
+        if self.hidden or message.region != 0 or (width != 4 and width != 8) or message.offset % width \
                 or message.offset > self.size - width:
             return False
         allowed = self.plain[message.offset // 4]

@@ -74,6 +74,7 @@ class Firmware:
         self._beats = 0
         self._head = self._entries = self._sq = self._cq = 0
         self._ready = False
+        self._silent = False
         registers.on_read("HEARTBEAT", self._heartbeat)
         self._thread = threading.Thread(target=self._run, name="firmware", daemon=True)
         self._thread.start()
@@ -90,6 +91,7 @@ class Firmware:
             self._entries = self._registers.load("ADMIN_SIZE")
             self._tail = 0
             self._beat_since, self._beats = self._engine.clock_ns(), 0
+            self._silent = False
             self._status(BootState.BOOTING)
             self._boot_wanted = True
             self._bell.notify()
@@ -112,6 +114,15 @@ class Firmware:
                 self._registers.store("ADMIN_HEAD", 0)
                 self._status(BootState.RESET)
             self._engine.clear()
+
+    def fail(self, *, silent: bool) -> None:
+        """Die as an injection asks: without a word, or with BOOT = FAILED. Called by the command processor's thread."""
+        if not silent:
+            self._fail(self._generation, DIED)
+            return
+        with self._bell:
+            self._silent = True
+            self._beats, self._beat_since = self._heartbeat(), None
 
     def stop(self) -> None:
         """End the thread. One that is deep in a command is left to end by itself: it can change nothing any more."""
@@ -144,7 +155,8 @@ class Firmware:
                 self._fail(generation, DIED)
 
     def _has_work(self) -> bool:
-        return self._stopping or self._boot_wanted or (self._ready and self._tail != self._head)
+        return (self._stopping or self._boot_wanted
+                or (self._ready and not self._silent and self._tail != self._head))
 
     def _start(self, generation: int) -> None:
         log2 = self._entries
@@ -172,10 +184,11 @@ class Firmware:
         command = np.frombuffer(raw, ADMIN_COMMAND)[0]
         act = self._commands.prepare(command)
         with self._commit:
-            if generation != self._generation:
+            if generation != self._generation or self._silent:
                 return
             status, results = self._commands.run(act)
             self._complete(int(command["id"]), status, results, slot)
+            self._engine.strike_due()
 
     def _complete(self, command_id: int, status: AdminStatus, results: tuple[int, int], slot: int) -> None:
         head = (self._head + 1) & _U32

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+from collections.abc import Callable, Sequence
 
 from maia_emulator.admin import AdminCommands
 from maia_emulator.config_space import BAR_PREFETCHABLE, ConfigSpace
 from maia_emulator.engine import Engine
 from maia_emulator.firmware import Firmware
+from maia_emulator.injections import DIED, FELL_SILENT, HUNG_UP, WENT
 from maia_emulator.irqs import IrqIndex, LineIrq, MsixIrq
 from maia_emulator.message_dma import MessageDma
 from maia_emulator.profiles import Profile
-from maia_emulator.regions import ConfigRegion, DoorbellBar, HbmBar, Region, RegisterBar
+from maia_emulator.regions import ConfigRegion, DoorbellBar, HbmBar, Region, RegisterBar, Removed
 from maia_emulator.register_file import RegisterFile
 from maia_rt.contract.commands import CONTRACT_MAJOR, CONTRACT_MINOR
 from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
+from maia_rt.contract.injection import Injection
 from maia_rt.contract.registers import BAR0, BAR0_BYTES, MSIX_PBA_OFFSET, MSIX_TABLE_OFFSET, SemaphoreWrite
 from maia_rt.transport import wire
 
@@ -37,11 +41,18 @@ class Function:
         Threads of the engine that play tiles; 0 is one a core.
     spin_us : int
         How long an idle engine watches doorbells before it sleeps, in microseconds.
+    injections : sequence of Injection
+        Armed from the start, and again after each reset.
+
+    Attributes
+    ----------
+    hang_up : callable
+        Ends the connection of the present client.
     """
 
     def __init__(
         self, profile: Profile, *, seed: int = 0, number: int = 0, workers: int = 0, spin_us: int = 100,
-        vendor_id: int = VENDOR_ID, device_id: int = DEVICE_ID,
+        vendor_id: int = VENDOR_ID, device_id: int = DEVICE_ID, injections: Sequence[Injection] = (),
     ) -> None:
         serial = serial_number(seed, number)
         self.engine = Engine(
@@ -79,6 +90,10 @@ class Function:
         ]
         self.firmware = Firmware(self.engine, self.registers, AdminCommands(self.engine, profile, serial))
         self._wire_registers()
+        self.hang_up: Callable[[], None] = lambda: None
+        self._present = list(self.regions)
+        self.engine.on_trip(self._tripped)
+        self.engine.inject_always([injection.pack() for injection in injections])
         self.engine.set_bus_master(False)
         self.engine.start()
 
@@ -87,6 +102,8 @@ class Function:
 
         Needs nothing of the client: message DMA under way is ended, so a client that waits for us is no deadlock.
         """
+        if self.engine.gone:
+            raise OSError(errno.ENODEV, "the device has been removed")
         self.reset_device()
         self.config.reset()
 
@@ -101,7 +118,11 @@ class Function:
     def release_client(self) -> None:
         """Drop everything that belonged to a client that is gone; the next one finds a fresh device."""
         self.message_dma.detach()
-        self.reset()
+        # One that was removed is there again for the next client.
+        self.reset_device()
+        self.config.reset()
+        self.regions[:] = self._present
+        self.registers.memory.hidden = False
         self.engine.dma_unmap_all()
         for index in self.irqs:
             for vector in range(index.count):
@@ -116,6 +137,18 @@ class Function:
         self.firmware.stop()
         self.engine.stop()
         self._doorbell_bar.close()
+
+    def _tripped(self, what: int) -> None:
+        """Do what an injection of FIRMWARE or GONE leaves to us. Called by the command processor's thread."""
+        if what & WENT and not self.engine.gone:
+            return  # its client was quicker to leave
+        if what & (WENT | FELL_SILENT | DIED):
+            self.firmware.fail(silent=not what & DIED or bool(what & WENT))
+        if what & WENT:
+            self.regions[:] = [Removed(region) for region in self._present]
+            self.registers.memory.hidden = True
+        if what & HUNG_UP:
+            self.hang_up()
 
     def _set_bus_master(self, enabled: bool) -> None:
         with self.message_dma.barred() if not enabled else contextlib.nullcontext():
@@ -170,7 +203,7 @@ def _constants(profile: Profile, engine: Engine, serial: int) -> dict[str, int]:
         "DEVICE": pack("DEVICE", PROFILE=profile.id, EMULATED=1),
         "SERIAL": serial,
         "CAPS": pack("CAPS", NEEDS_WAKE=1, INDIRECT=1, SIGNAL_REMOTE=1, CRC=1, FP32=1, FP16=1, BF16=1,
-                     WAIT_VALUE=1, BRANCH=1, LIST_OPTIONS=1, CRC_COMPARE=1, FP8=1, MX=1, INT8=1),
+                     WAIT_VALUE=1, BRANCH=1, LIST_OPTIONS=1, CRC_COMPARE=1, FP8=1, MX=1, INT8=1, INJECTION=1),
         "QUEUE_CAPS": pack("QUEUE_CAPS", MAX_QUEUES=profile.max_queues, MAX_ENTRIES_LOG2=profile.max_entries_log2,
                            MIN_ENTRIES_LOG2=profile.min_entries_log2),
         "SCHEDULING_CAPS": pack("SCHEDULING_CAPS", PRIORITIES=profile.priorities),

@@ -111,7 +111,7 @@ cdef uint32_t waits_for(FrontEnd front, queue_t *q, queue_log_t *record) noexcep
         record.address, record.value, record.wanted = wait.address, q.work.word, wait.value
         record.condition, record.mask = wait.condition, wait.mask
         return STAGE_VALUE
-    if q.stage != FETCHED:
+    if q.stage != FETCHED or q.held:
         return STAGE_RUNNING
     if not front.may_start(q):
         if q.list.count:

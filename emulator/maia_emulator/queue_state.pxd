@@ -21,6 +21,10 @@ cdef enum:                  # queue_t.stage
     FETCHED = 2
     STARTED = 3
 
+cdef enum:                  # queue_t.held, by an injection
+    DELAYED = 1
+    HUNG = 2
+
 cdef struct window_t:       # a translation that stays good while the DMA table's generation does
     uint64_t start
     uint64_t size
@@ -94,6 +98,11 @@ cdef struct queue_t:
     uint64_t fault_sequence
     int stage
     command_t command       # the one under way: of the list, where there is a list
+    int held                # what an injection does to the command under way
+    uint64_t held_ns        # DELAYED: until when; HUNG: since when
+    bint judged             # a LAUNCH that waits for tiles only has been judged
+    bint corrupt            # its result gets a bit flipped
+    uint64_t corrupt_bit
     uint64_t start_ns
     work_t work             # of the command under way
     in_flight_t flight[MAX_IN_FLIGHT]

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport DeviceMemory, traffic_t
 from maia_emulator.queue_state cimport in_flight_t, queue_t, writer_t
@@ -7,6 +8,17 @@ from maia_emulator.support cimport pthread_mutex_t
 from maia_emulator.launch cimport kernel_t, launch_t
 from maia_emulator.tiles cimport Tiles
 from maia_rt._fast.commands cimport command_t, counters_t, fault_t, semaphore_op_t
+
+cdef enum:                  # what a step did
+    BLOCKED = 0
+    MOVED = 1
+    YIELDED = 2
+    FAILED = 3
+
+cdef enum:                  # ERRORS
+    ERROR_FAULT = 1
+    ERROR_WATCHDOG = 8
+    ERROR_LOG_OVERFLOW = 16
 
 cdef bint satisfied(semaphore_op_t *op, uint32_t value) noexcept nogil
 
@@ -32,6 +44,12 @@ cdef class FrontEnd:
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
     cdef uint32_t sleep_number
     cdef int wake_fd
+    cdef readonly Injections injections
+    cdef bint injecting         # the next commands must be judged, or one is held
+    cdef bint gone              # removed, as it were: nothing moves any more
+    cdef uint32_t due           # what strikes when the admin command under way has been completed
+    cdef uint32_t trips         # what struck, and has not been told yet
+    cdef public object on_trip
     cdef uint64_t spin_ns
     cdef uint64_t now           # when the round began
     cdef uint64_t watchdog_ns
@@ -57,6 +75,7 @@ cdef class FrontEnd:
     cdef int advance(self, queue_t *q) noexcept nogil
     cdef bint may_start(self, queue_t *q) noexcept nogil
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil
+    cdef void announce(self) noexcept with gil
     cdef int start_launch(self, queue_t *q, launch_t **launch) noexcept nogil
     cdef void fly(self, queue_t *q, launch_t *launch) noexcept nogil
     cdef bint find_tiles(self, uint32_t count, uint32_t clusters, uint32_t *physical) noexcept nogil

@@ -13,6 +13,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from maia_emulator.commands cimport check_command, run_command
+from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.launch cimport MAX_ARGS, kernel_t, launch_t
 from maia_emulator.lists cimport (
@@ -39,6 +40,7 @@ from maia_emulator.queue_state cimport (
     window_t,
     writer_t,
 )
+from maia_emulator.strikes cimport corrupt, judge
 from maia_emulator.support cimport (
     add32,
     clock_ns,
@@ -107,19 +109,10 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *data, size_t size)
     int usleep(unsigned int microseconds)
 
-cdef enum:                  # what a step did
-    BLOCKED = 0
-    MOVED = 1
-    YIELDED = 2
-    FAILED = 3
-
 cdef enum:
     AHEAD = 4
     MAX_LEVEL = 255
     TURN = 64               # commands a queue may run before the next queue's turn
-    ERROR_FAULT = 1
-    ERROR_WATCHDOG = 8
-    ERROR_LOG_OVERFLOW = 16
 
 
 cdef inline uint32_t *word(queue_t *q, uint32_t offset) noexcept nogil:
@@ -181,6 +174,7 @@ cdef class FrontEnd:
         if (self.queues == NULL or self.live == NULL or self.kernels == NULL or self.tile_busy == NULL
                 or self.faults == NULL or self.writers == NULL):
             raise MemoryError
+        self.injections = Injections(max_queues)
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         tiles.sleeping, tiles.wake_fd = &self.sleeping, self.wake_fd
         pthread_mutex_init(&self.control, NULL)
@@ -224,6 +218,8 @@ cdef class FrontEnd:
         cdef bint moved
         cdef int _i
         while not load32(&self.stopping):
+            if self.trips:
+                self.announce()
             while load32(&self.waiting):
                 sched_yield()       # a mutex is not fair: let the one who asked have it
             now = clock_ns()
@@ -247,6 +243,12 @@ cdef class FrontEnd:
                 for _i in range(8):
                     pause_cpu()
 
+    cdef void announce(self) noexcept with gil:
+        """Tell what injections did to the whole device, from outside of every lock."""
+        what, self.trips = self.trips, 0
+        if self.on_trip is not None:
+            self.on_trip(what)
+
     cdef bint round(self) noexcept nogil:
         """One look at every queue; True where any of them moved."""
         cdef bint moved = False
@@ -255,9 +257,13 @@ cdef class FrontEnd:
         self.launched = 0
         self.claimed = self.claims = 0
         self.level = MAX_LEVEL
+        if self.gone:
+            return False
         pthread_rwlock_rdlock(&self.memory.dma.lock)
         for i in range(self.live_count):
             moved = self.service(&self.queues[self.live[i]]) or moved
+            if self.gone:
+                break
         pthread_rwlock_unlock(&self.memory.dma.lock)
         return moved
 
@@ -279,7 +285,7 @@ cdef class FrontEnd:
         self.now = clock_ns()
         moved = self.round()
         pthread_mutex_unlock(&self.control)
-        if not moved and not load32(&self.stopping):
+        if not moved and not self.trips and not load32(&self.stopping):
             # Semaphores may be written by a peer that cannot wake us; launches are watched for hangs.
             timeout = 5 if self.blocked else self.watch_ms() if self.launched else -1
             self.counters.sleeps += 1
@@ -446,10 +452,15 @@ cdef class FrontEnd:
             if not self.semaphores_ready(&q.command):
                 self.blocked = True
                 return BLOCKED
+            if self.injecting:
+                step = judge(self, q)
+                if step != MOVED:
+                    return step
             if q.command.opcode == OPCODE_LAUNCH:
                 step = self.start_launch(q, &launch)
                 if step != MOVED:
                     return step
+                q.judged = False
             for i in range(2):
                 if q.command.pre[i].op == WAIT_ACQUIRE:
                     self.wrote(q.command.pre[i].index, add32(&self.semaphores[q.command.pre[i].index],
@@ -480,6 +491,8 @@ cdef class FrontEnd:
             return self.fail_here(q, fault, bad)
         if not finished:
             return YIELDED
+        if self.injecting and q.corrupt:
+            corrupt(self, q)
         return self.complete(q)
 
     cdef void fly(self, queue_t *q, launch_t *launch) noexcept nogil:
@@ -723,6 +736,7 @@ cdef class FrontEnd:
                   uint32_t kernel, command_t *command, uint64_t start_ns) noexcept nogil:
         """Log a failed command, report it and stop the queue."""
         cdef fault_t *log = &self.faults[self.fault_count % FAULT_LOG_ENTRIES]
+        q.held, q.judged, q.corrupt = 0, False, False
         memset(log, 0, sizeof(fault_t))
         log.time_ns, log.sequence, log.address, log.code, log.queue = clock_ns(), sequence, bad, code, q.id
         log.unit, log.detail, log.kernel = unit, detail, kernel
@@ -821,4 +835,5 @@ cdef class FrontEnd:
                 usleep(50)
         q.flight_count = 0
         q.list.count = 0
+        q.held, q.judged, q.corrupt = 0, False, False
         q.stage = EMPTY

@@ -152,6 +152,23 @@ class HbmBar(Region):
         os.pwrite(self.fd, data[: max(0, self._backed - offset)], offset)
 
 
+class Removed(Region):
+    """A region of a function that was removed, as it were: reads as all ones. What is mapped stays mapped.
+
+    Parameters
+    ----------
+    region : Region
+        The one that was there.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.size, self.flags, self.fd, self.areas = region.size, region.flags, region.fd, region.areas
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return ones, as a root port does for a function that does not answer (PCIe 6.0, 2.3.2)."""
+        return b"\xff" * size
+
+
 class ConfigRegion(Region):
     """PCI configuration space."""
 

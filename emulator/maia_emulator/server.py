@@ -170,6 +170,7 @@ class Server:
                 client.close()
                 return
             self._session = session
+            self._function.hang_up = session.stop
         try:
             session.run()
         except Exception:

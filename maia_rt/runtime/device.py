@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
+import secrets
 import threading
 import time
 import warnings
@@ -19,8 +21,9 @@ import numpy.typing as npt
 
 from maia_rt._fast.ring import Account
 from maia_rt.contract.commands import PostOp
+from maia_rt.contract.injection import Injection
 from maia_rt.contract.program import Image
-from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, MaiaError
+from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, InvalidType, MaiaError
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import PinnedPool, Space, SpaceStatistics
 from maia_rt.observe import live
@@ -163,6 +166,67 @@ class Device:
         """Return the fault log, oldest first, as records of dtype ``maia_rt.contract.commands.FAULT``."""
         self._require_open()
         return self._firmware.faults()
+
+    def inject(self, injection: Injection | str) -> Injection:
+        """Make a fault on purpose; for tests, on the emulated device and wherever ``CAPS.INJECTION`` is set.
+
+        Parameters
+        ----------
+        injection : Injection or str
+            What shall happen, and to which commands; or its SPEC, as ``maia emulate --inject`` takes it. It is armed
+            until it has struck as often as it says, or the device is reset.
+
+        Returns
+        -------
+        Injection
+            With the seed that is used: arm it again to see the same commands struck.
+
+        Raises
+        ------
+        Unsupported
+            The device makes no faults on purpose.
+        InvalidArgument
+            It names a queue that the device does not have.
+        ResourceExhausted
+            32 are armed.
+
+        Examples
+        --------
+        >>> import maia_rt
+        >>> with maia_rt.open("emulated") as device, device.create_stream() as stream:
+        ...     _ = device.inject("fault:code=ECC,opcodes=FILL")
+        ...     stream.fill(device.allocate(64), 0)
+        ...     try:
+        ...         stream.synchronize()
+        ...     except maia_rt.errors.DeviceFault as fault:
+        ...         print(fault.code.name)
+        ECC
+        """
+        self._require_open()
+        if isinstance(injection, str):
+            injection = Injection.parse(injection)
+        if not isinstance(injection, Injection):
+            raise InvalidType(f"an injection is an Injection or a SPEC, not {type(injection).__name__}")
+        if injection.seed is None:
+            injection = dataclasses.replace(injection, seed=secrets.randbits(32))
+        self._firmware.inject(injection)
+        return injection
+
+    def clear_injections(self) -> int:
+        """Disarm every injection and let go of the commands that one holds.
+
+        Returns
+        -------
+        int
+            How often injections have struck since the device was opened or reset.
+
+        Raises
+        ------
+        Unsupported
+            The device makes no faults on purpose.
+        """
+        self._require_open()
+        return self._firmware.clear_injections()
 
     def hang_report(self) -> HangReport:
         """Say who waits for whom, through streams and graphs down to the root: print the report.
