@@ -379,20 +379,11 @@ class Firmware:
         return self._log(Log.FAULTS, FAULT)
 
     def queue_log(self) -> npt.NDArray[Any]:
-        """Return what each queue is at, by id, as QUEUE_LOG records.
-
-        Raises
-        ------
-        Unsupported
-            The device speaks contract 1.0, which has no such log.
-        """
+        """Return what each queue is at, by id, as QUEUE_LOG records. Unsupported where the device speaks 1.0."""
         return self._log(Log.QUEUES, QUEUE_LOG)
 
     def semaphore_log(self) -> npt.NDArray[Any]:
-        """Return every semaphore that was ever written, or that a command had to wait for, as SEMAPHORE_LOG records.
-
-        Raises as :meth:`queue_log`.
-        """
+        """Return each semaphore that was ever written or waited for, as SEMAPHORE_LOG records. Likewise."""
         return self._log(Log.SEMAPHORES, SEMAPHORE_LOG)
 
     def _log(self, log: Log, record: np.dtype[np.void]) -> npt.NDArray[Any]:
