@@ -302,9 +302,10 @@ def _share(name: str, value: Any) -> float:
     """A probability as the device keeps it, so that what is printed is what happens."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidType(f"{name} is {type(value).__name__}, not a number")
-    if not 0 < value <= 1:
+    share = float(value)
+    if not 0 < share <= 1:
         raise InvalidArgument(f"{name} is above 0 and at most 1, not {value}")
-    return max(round(float(value) * 2**32), 1) / 2**32
+    return max(round(share * 2**32), 1) / 2**32
 
 
 def _read_part(key: str, text: str | None) -> tuple[str, Any]:
