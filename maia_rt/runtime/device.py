@@ -11,8 +11,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,7 @@ from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.graph import Graph
 from maia_rt.runtime.graph_builder import GraphBuilder
+from maia_rt.runtime.graph_file import load
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
 from maia_rt.runtime.host_buffer import HostBuffer
 from maia_rt.runtime.in_use import Reader, Use, find_use, wait_for_use
@@ -464,6 +466,34 @@ class Device:
         """Return a graph without nodes, to be built by hand. A stream's capture makes one of a stream's commands."""
         self._require_open()
         return GraphBuilder(self)
+
+    def load_graph(self, path: str | Path, buffers: Mapping[str, Memory] | None = None,
+                   semaphores: Sequence[Semaphore] = ()) -> Graph:
+        """Load a graph that :meth:`maia_rt.Graph.save` wrote, here or on another device, and bind it to buffers.
+
+        Parameters
+        ----------
+        path : str or Path
+        buffers : dict of str to Buffer or HostBuffer
+            By the names they were saved under; all of them.
+        semaphores : sequence of Semaphore
+            In the order of their first use, as many as the graph uses.
+
+        Returns
+        -------
+        Graph
+            It owns the programs that it came with, and closes them with itself.
+
+        Raises
+        ------
+        ContractMismatch, Unsupported
+            The device lacks what the graph needs.
+        InvalidArgument
+            A buffer is missing, or does not fit; or the file is damaged, and the text says where.
+        ProgramError, OutOfMemory, OSError
+        """
+        self._require_open()
+        return load(self, path, buffers or {}, list(semaphores))
 
     # --- all of it ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +25,7 @@ from maia_rt.runtime.graph_node import GraphNode
 from maia_rt.runtime.graph_operation import LoopOperation, Operation, SemaphoreWaitOperation, WaitOperation
 
 if TYPE_CHECKING:
-    from maia_rt.runtime.buffer import Buffer
+    from maia_rt.runtime.buffer import Buffer, Memory
     from maia_rt.runtime.program import Program
     from maia_rt.runtime.stream import Stream
 
@@ -245,6 +246,26 @@ class Graph:
             first, last = starts[step.first:step.end][own], ends[step.first:step.end][own]
             times.append(NodeTime(step.node, int(first.min()), int(last.max())))
         return times
+
+    def save(self, path: str | Path, buffers: dict[str, Memory] | None = None) -> None:
+        """Save it to a file: nodes, and the programs they launch. :meth:`maia_rt.Device.load_graph` loads it.
+
+        Parameters
+        ----------
+        path : str or Path
+        buffers : dict of str to Buffer or HostBuffer, optional
+            Names for the memory that nodes use; what has none is called ``buffer0`` and so on, by first use.
+
+        Raises
+        ------
+        InvalidArgument
+            Two names for one buffer, or one that no node uses.
+        ClosedError, OSError
+        """
+        from maia_rt.runtime.graph_file import save
+
+        self._require_open()
+        save(self, path, buffers or {})
 
     # --- life --------------------------------------------------------------------------------------------------------
 

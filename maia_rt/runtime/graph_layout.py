@@ -78,6 +78,8 @@ class Layout:
     ----------
     steps : list of Step
         In the order of the list, loops and conditions before what is in them.
+    roots : list of Step
+        Those that stand in no body; what they come after stands before them.
     count, counters, pointed_bytes : int
         Commands; loops that count; pinned memory besides the list.
 
@@ -92,7 +94,8 @@ class Layout:
         self.counters = 0
         self._listed: list[tuple[Step, Listed]] = []
         self._barriers: list[bool] = []
-        self._place_all(_steps(builder))
+        self.roots = _steps(builder)
+        self._place_all(self.roots)
         self.count = len(self._listed)
         if not self.count:
             raise InvalidArgument("the graph is empty", hint="add a node first")
