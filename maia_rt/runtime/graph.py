@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from maia_rt._fast.ring import Account
 from maia_rt.contract.commands import COMMAND_BYTES, LISTED_TIMES, ListOption, Opcode
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError, Unsupported
 from maia_rt.memory import PinnedBlock
@@ -89,12 +90,14 @@ class Graph:
         self._timed = capabilities.list_options
         self._options = ListOption.CONCURRENT if self._timed else 0
         self._programs: tuple[Program, ...] = ()
-        self._last: dict[int, tuple[QueuePair, int]] = {}
-        """By number of the stream: its newest replay."""
+        # Of the newest launch; and by number of the stream, the newest replays on others that may still run.
+        self._account: Account | None = None
+        self._others: dict[int, tuple[QueuePair, int]] = {}
         self._runs: deque[tuple[QueuePair, int, int]] = deque(maxlen=_REMEMBERED)
         self._slot = 0
         self._accesses: tuple[list[Any], list[Any]] | None = None
-        self._seen = device._addresses.closings
+        self._book, self._validator = device._addresses, device._validator
+        self._seen = self._book.closings
         self._require_open_memory()
         self._counters: Buffer | None = None
         self._times: PinnedBlock | None = None
@@ -135,35 +138,20 @@ class Graph:
         InvalidArgument, InvalidType, QueueFull, DeviceFault, DeviceLost, OutOfQueues
         """
         try:
-            capture, number = stream._capture, stream.number
+            account = stream._account
         except AttributeError:
             raise InvalidType(f"a graph is launched on a Stream, not {type(stream).__name__}") from None
-        if self._closed:
-            raise ClosedError(f"{self!r} has been closed")
-        if stream.device is not self.device:
-            raise InvalidArgument("the stream belongs to another device than the graph")
-        if self._seen != self.device._addresses.closings:
-            self._seen, seen = self.device._addresses.closings, self._seen
-            try:
-                self._require_open_memory()
-            except ClosedError:
-                self._seen = seen
-                raise
-        if capture is not None:
-            capture.graph(self)
+        # What is the same at most launches is one comparison each; the device counts what was closed.
+        if (stream.device is not self.device or stream._capture is not None or self._closed
+                or self._seen != self._book.closings or self._validator is not None) and not self._prepare(stream):
             return
-        if self.device._validator is not None:
-            self._validate(stream)
         with self._lock:
-            last = self._last
-            if len(last) > 1 or number not in last:
-                self._follow(stream, number)
+            if account is not self._account or self._others:
+                self._follow(stream, account)
             slot = self._slot
             sequence = stream._submit(_INDIRECT, payload=self._payloads[slot], unbounded=self._unbounded)
             self._slot = slot ^ 1
-            queue = stream._queue
-            last[number] = queue, sequence
-            self._runs.append((queue, sequence, slot))
+            self._runs.append((stream._queue, sequence, slot))
 
     def update(self, node: GraphNode, **changes: Any) -> None:
         """Give a node other arguments, under their names in the builder's method; what is not named stays.
@@ -323,18 +311,39 @@ class Graph:
                 raise ClosedError(f"{step.operation._text}, a node made at {step.node.where}: {error.what}",
                                   cause=error.cause, hint=error.hint) from None
 
-    def _follow(self, stream: Stream, number: int) -> None:
-        """Have a stream wait for the replays on others."""
-        for other, (queue, sequence) in list(self._last.items()):
-            if queue.quiet(sequence):
-                del self._last[other]
-            elif other != number:
+    def _prepare(self, stream: Stream) -> bool:
+        """Make the checks of a launch; say whether it is to be submitted."""
+        if self._closed:
+            raise ClosedError(f"{self!r} has been closed")
+        if stream.device is not self.device:
+            raise InvalidArgument("the stream belongs to another device than the graph")
+        closings = self._book.closings
+        if self._seen != closings:
+            self._require_open_memory()
+            self._seen = closings
+        if stream._capture is not None:
+            stream._capture.graph(self)
+            return False
+        if self._validator is not None:
+            self._validate(stream)
+        return True
+
+    def _follow(self, stream: Stream, account: Account) -> None:
+        """Have a stream wait for the replays on others, until they are done."""
+        if self._account is not None and self._account is not account and self._runs:
+            self._others[self._account.number] = self._runs[-1][:2]
+        self._account = account
+        for number, (queue, sequence) in list(self._others.items()):
+            if number == account.number or queue.quiet(sequence):
+                del self._others[number]
+            else:
                 event = Event(self.device)
                 event._queue, event._sequence = queue, sequence
                 stream.wait(event)
 
     def _quiet(self) -> bool:
-        return all(queue.quiet(sequence) for queue, sequence in self._last.values())
+        marks = [*self._others.values(), *(run[:2] for run in list(self._runs)[-1:])]
+        return all(queue.quiet(sequence) for queue, sequence in marks)
 
     def _copy_list(self) -> None:
         """Go on with a copy of the list; the old one goes when the replays in flight are done."""
@@ -378,12 +387,12 @@ class Graph:
                 block.free()
 
     def _validate(self, stream: Stream) -> None:
-        assert self.device._validator is not None
+        assert self._validator is not None
         if self._accesses is None:
             each = [step.operation._accesses() for step in self._layout.steps]
             self._accesses = ([one for reads, _ in each for one in reads],
                               [one for _, writes in each for one in writes])
-        self.device._validator.command(stream, f"launch of a graph of {len(self.nodes)} nodes", *self._accesses)
+        self._validator.command(stream, f"launch of a graph of {len(self.nodes)} nodes", *self._accesses)
 
     def _explain(self, address: int, index: int) -> str:
         """Say which node a command of a list is, empty where it is another's list."""
