@@ -347,6 +347,8 @@ cdef class FrontEnd:
         if q.retired != q.published:
             self.publish(q)
         if q.state == STOPPING and q.flight_count == 0 and q.list.flight_count == 0:
+            if q.list.count and q.list.fault.code:
+                self.fail_list(q)       # it was ending when an earlier launch failed too
             self.stop_queue(q)
             moved = True
         arm = load64(<uint64_t *> word(q, DOORBELL_ARM))

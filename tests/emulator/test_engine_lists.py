@@ -398,6 +398,18 @@ def test_an_earlier_launch_that_fails_leaves_the_list_behind_it_where_it_is(bare
     assert queue.wait() == 0
 
 
+def test_a_list_that_fails_before_an_earlier_launch_does_has_its_report_too(bare, busy):
+    queue = bare.queue()
+    earlier = queue.put(c.LAUNCH, Opcode.LAUNCH, **busy[1])
+    later = put(bare, queue, launch(busy[1]), trap(), options=CONCURRENT)
+    time.sleep(0.003)
+    bare.engine.abort(queue.id, earlier)
+    assert queue.wait() == FaultCode.ABORTED
+    assert int(queue.block["fault_sequence"][0]) == earlier
+    assert queue.reports[:2]["sequence"].tolist() == [earlier, later]
+    assert queue.reports[:2]["status"].tolist() == [FaultCode.ABORTED, FaultCode.TRAP]
+
+
 def test_a_list_that_cannot_be_read_fails_where_it_ends(bare):
     queue = bare.queue()
     queue.put(c.INDIRECT, Opcode.INDIRECT, list=HBM + (64 << 20) - 64, count=2)

@@ -16,6 +16,8 @@ from maia_tools.selection import selector
 
 CONFIG_IDS = 0
 CONFIG_CLASS = 8
+OPTIONAL_COMMANDS = ("indirect", "list_options", "branch", "signal_remote", "wait_value", "crc", "crc_compare")
+"""Capabilities that stand for commands, or for what they can do."""
 
 
 def describe(device: maia_rt.Device) -> dict[str, Any]:
@@ -34,12 +36,12 @@ def describe(device: maia_rt.Device) -> dict[str, Any]:
             "clusters": c.clusters, "tiles": c.tiles, "tile_sram_bytes": c.tile_sram_bytes,
             "cluster_sram_bytes": c.cluster_sram_bytes, "hbm_bytes": c.hbm_bytes,
             "dtypes": sorted(d.name for d in c.dtypes), "semaphores": c.semaphores, "contexts": c.max_contexts,
-            "kernels": c.max_kernels, "indirect": c.indirect, "signal_remote": c.signal_remote, "crc": c.crc,
+            "kernels": c.max_kernels, **{name: getattr(c, name) for name in OPTIONAL_COMMANDS},
             "needs_wake": c.needs_wake, "host_address_bits": c.host_address_bits},
         "bars": [{"bar": int(region), "bytes": found.size, "mappable_bytes": sum(size for _, size in found.areas)}
                  for region, found in regions if found.size],
         "queues": {"max": c.max_queues, "entries_min": 1 << c.min_entries_log2, "entries_max": 1 << c.max_entries_log2,
-                   "vectors": transport.irqs[2].count},
+                   "vectors": transport.irqs[2].count, "priorities": c.priorities},
     }
 
 
@@ -66,8 +68,8 @@ def _show(index: int, found: maia_rt.DeviceInfo, data: dict[str, Any] | None, wh
         ("memory", f"{bytes_text(c['hbm_bytes'])} of HBM"),
         ("types", ", ".join(c["dtypes"])),
         ("queues", f"{queues['max']} of {queues['entries_min']} to {queues['entries_max']} commands, "
-                   f"{queues['vectors']} vectors, {c['semaphores']} semaphores, {c['contexts']} contexts"),
-        ("commands", ", ".join(["the basic ones", *(n.upper() for n in ("indirect", "signal_remote", "crc") if c[n])])),
+                   f"{queues['vectors']} vectors, {queues['priorities']} priorities, {c['semaphores']} semaphores, {c['contexts']} contexts"),
+        ("commands", ", ".join(["the basic ones", *(n.upper() for n in OPTIONAL_COMMANDS if c[n])])),
     ]
     lines += [("BAR " + str(bar["bar"]), f"{bytes_text(bar['bytes'])}, "
                f"{bytes_text(bar['mappable_bytes']) + ' mapped' if bar['mappable_bytes'] else 'trapped'}")
