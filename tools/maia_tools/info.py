@@ -68,7 +68,8 @@ def _show(index: int, found: maia_rt.DeviceInfo, data: dict[str, Any] | None, wh
         ("memory", f"{bytes_text(c['hbm_bytes'])} of HBM"),
         ("types", ", ".join(c["dtypes"])),
         ("queues", f"{queues['max']} of {queues['entries_min']} to {queues['entries_max']} commands, "
-                   f"{queues['vectors']} vectors, {queues['priorities']} priorities, {c['semaphores']} semaphores, {c['contexts']} contexts"),
+                   f"{queues['vectors']} vectors, {queues['priorities']} priorities, {c['semaphores']} semaphores, "
+                   f"{c['contexts']} contexts"),
         ("commands", ", ".join(["the basic ones", *(n.upper() for n in OPTIONAL_COMMANDS if c[n])])),
     ]
     lines += [("BAR " + str(bar["bar"]), f"{bytes_text(bar['bytes'])}, "
