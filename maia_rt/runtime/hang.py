@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from maia_rt.contract.commands import QueueStage, decode
 from maia_rt.observe import live
 from maia_rt.runtime.outstanding import Outstanding, Scene
-from maia_rt.runtime.waits import HangWait, describe, pre_waits, stage_waits
+from maia_rt.runtime.waits import HangWait, describe, pre_waits, semaphore_wait, stage_waits
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -139,8 +139,28 @@ def examine(device: Device, focus: int | None = None) -> HangReport:
         A queue: the report is about it and those it waits for. None: about all.
     """
     scene = Scene(device)
-    links = {number: _link(scene, one) for number, one in scene.queues.items() if len(one.commands)}
-    order = list(_chain(links, [focus] if focus is not None else _starts(links)))
+    links = _links(scene)
+    return _report(scene, links, [focus] if focus is not None else _starts(links))
+
+
+def examine_semaphore(device: Device, index: int, kind: int, value: int, wanted: int) -> HangReport:
+    """Look at who should signal a semaphore that the program waits for; `kind` is a WaitOp."""
+    scene = Scene(device)
+    wait = semaphore_wait(scene, index, kind, value, wanted)
+    report = _report(scene, _links(scene), wait.queues)
+    if wait.queues:
+        verdict = report.verdict if report.hangs else HangVerdict.WAITING
+        return dataclasses.replace(report, verdict=verdict, sentence=f"the program {wait.text}; {report.sentence}")
+    verdict = report.verdict if report.firmware else HangVerdict.UNSIGNALLED
+    return dataclasses.replace(report, verdict=verdict, sentence=f"the program {wait.text}")
+
+
+def _links(scene: Scene) -> dict[int, HangLink]:
+    return {number: _link(scene, one) for number, one in scene.queues.items() if len(one.commands)}
+
+
+def _report(scene: Scene, links: dict[int, HangLink], starts: Sequence[int]) -> HangReport:
+    device, order = scene.device, list(_chain(links, starts))
     failed = "".join(f"; {stream.name} stands still after a fault" for stream in device._open_streams()
                      if stream.failed)
     verdict, sentence, cycle = _judge({number: links[number] for number in order}, len(scene.queues))

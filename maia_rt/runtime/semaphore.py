@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from maia_rt.contract.commands import PostOp, WaitOp
 from maia_rt.errors import ClosedError, DeviceTimeout, InvalidArgument, OutOfSemaphores
 from maia_rt.runtime import check
+from maia_rt.runtime.hang import examine_semaphore
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -118,10 +119,7 @@ class Semaphore:
         while not self._reached(value, op):
             now = time.monotonic()
             if now >= deadline:
-                sign = ">=" if op == "ge" else "=="
-                raise DeviceTimeout(f"{self.device.name}: {self.name} was not {sign} {value} within {seconds:g} s; it "
-                                    f"holds {self.value}", cause="nobody has signalled it that far",
-                                    hint="device.hang_report() says which commands would, and what they wait for")
+                raise self._timeout(op, value, seconds)
             if now >= next_look:
                 self.device._firmware.check_alive()
                 next_look = now + _ALIVE_SECONDS
@@ -144,6 +142,15 @@ class Semaphore:
     def _reached(self, value: int, op: str) -> bool:
         now = self.value
         return now == value if op == "eq" else (now - value) & WORD < 1 << 31
+
+    def _timeout(self, op: str, wanted: int, seconds: float) -> DeviceTimeout:
+        value = self.value
+        report = examine_semaphore(self.device, self.index, WAITS[op], value, wanted)
+        error = DeviceTimeout(f"{self.device.name}: {self.name} was not {'>=' if op == 'ge' else '=='} {wanted} within "
+                              f"{seconds:g} s; it holds {value}", cause=report.sentence,
+                              hint="print the error's report, signal it, or wait longer")
+        error.report = report
+        return error
 
     def _post(self, op: PostOp, value: int) -> None:
         self._require_open()

@@ -73,7 +73,7 @@ def pre_waits(scene: Scene, raw: bytes) -> Iterator[HangWait]:
         if index < scene.device.capabilities.max_queues:
             yield _mirror_wait(scene, index, kind, value, wanted)
         else:
-            yield _semaphore_wait(scene, index, kind, value, wanted)
+            yield semaphore_wait(scene, index, kind, value, wanted)
 
 
 def stage_waits(scene: Scene, one: Outstanding, row: Any) -> Iterator[HangWait]:
@@ -99,19 +99,9 @@ def describe(device: Device, raw: bytes, row: Any) -> str:
     """What a command's 64 bytes do not say: its kernel's name, and the place in its list."""
     if row is not None and row["list_count"]:
         at, count = int(row["list_index"]), int(row["list_count"])
-        node = _node(device, raw, at)
+        node = device._explain_listed(int(np.frombuffer(raw, INDIRECT)[0]["list"]), at)
         return f"at {at} of its list of {count}: {decode(bytes(row['command']))}" + (f", {node}" if node else "")
     return _kernel(device, raw) if raw[0] == Opcode.LAUNCH else ""
-
-
-def _node(device: Device, raw: bytes, at: int) -> str:
-    """Which node of a graph a place in its list is, empty where the list is no graph's."""
-    address = int(np.frombuffer(raw, INDIRECT)[0]["list"])
-    for graph in list(getattr(device, "_graphs", ())):
-        text: str = graph._explain(address, at)
-        if text:
-            return text
-    return ""
 
 
 def _kernel(device: Device, raw: bytes) -> str:
@@ -139,7 +129,8 @@ def _mirror_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -
     return HangWait(text, (index,), **facts)
 
 
-def _semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
+def semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
+    """What somebody waits for who waits for a semaphore; `kind` is a WaitOp."""
     for stream in scene.device._open_streams():
         if stream._calls is not None and stream._calls.semaphore.index == index:
             return HangWait(_call(scene.device, stream), (), index, value, wanted, by_program=True)

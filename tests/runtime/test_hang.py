@@ -293,6 +293,36 @@ def test_a_function_that_takes_long_is_shown_with_the_line_where_it_is(device, s
     assert device.hang_report().verdict is HangVerdict.IDLE
 
 
+def test_a_timeout_of_the_program_at_a_semaphore_says_who_should_signal_it(device, streams, release):
+    with device.create_semaphore() as semaphore:
+        with pytest.raises(DeviceTimeout, match=rf"the program waits for {semaphore.name} >= 1, .*nobody") as caught:
+            semaphore.wait(1, 0.01)
+        assert caught.value.report.verdict is HangVerdict.UNSIGNALLED
+        block(streams[0], FIRST)
+        streams[0].signal(semaphore)
+        with pytest.raises(DeviceTimeout, match=rf"\({streams[0].name}\) will signal it.*test_hang") as caught:
+            semaphore.wait(1, 0.01)
+        assert [link.queue for link in caught.value.report.links] == [streams[0].queue.id]
+        release(FIRST)
+        semaphore.wait(1)
+
+
+def test_a_graph_that_is_stuck_names_the_node(device, streams):
+    with device.create_semaphore() as semaphore, device.allocate(64) as buffer:
+        with streams[0].capture() as capture:
+            streams[0].fill(buffer, 1)
+            streams[0].wait(semaphore, 1)
+            streams[0].fill(buffer, 2)
+        with capture.instantiate() as graph:
+            graph.launch(streams[1])
+            assert eventually(lambda: "at 1 of" in str(device.hang_report()))
+            (link,) = device.hang_report().links
+            assert link.waits[0].semaphore == semaphore.index
+            assert re.search(r"in node .*made at .*test_hang", link.detail)
+            semaphore.set(1)
+            streams[1].synchronize()
+
+
 def test_a_word_of_memory_and_who_writes_it(device, streams, release):
     first, second, *_ = streams
     with device.allocate_host(1, np.uint32) as word:
