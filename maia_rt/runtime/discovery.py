@@ -136,9 +136,10 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     timeout = check.seconds(timeout)
     if max_queues is not None:
         max_queues = check.integer(max_queues, "max_queues", 1, 1 << 16)
-    transport, emulator = connect(selector)
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
+    check.instance(validate, bool, "validate")
+    transport, emulator = connect(selector)
     return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues)
 
 

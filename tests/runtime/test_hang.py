@@ -12,7 +12,7 @@ import pytest
 import maia_rt
 from maia_rt import HangVerdict
 from maia_rt.contract.commands import BRANCH, COMMAND, BranchSource, Condition, Opcode, PostOp, WaitOp
-from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout, InvalidArgument
+from maia_rt.errors import ClosedError, DeviceFault, DeviceTimeout, ForkedError, InvalidArgument
 from maia_rt.observe import live
 from maia_rt.runtime.waits import _kernel
 from tests.helpers.tiny_program import image as tiny_image
@@ -226,6 +226,20 @@ def test_a_closed_device_has_no_report(own_selector):
     device.close()
     with pytest.raises(ClosedError):
         device.hang_report()
+
+
+def test_a_forked_child_has_no_report_and_is_not_found(device):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            device.hang_report()
+        except ForkedError:
+            code = 2 if os.getpid() in live.processes() else 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.getpid() in live.processes()
 
 
 def test_the_process_answers_while_its_main_thread_waits(device, streams, release):

@@ -7,7 +7,7 @@ import pytest
 
 import maia_rt
 from maia_rt.contract.commands import PostOp, WaitOp
-from maia_rt.errors import DeadlockError, RaceError
+from maia_rt.errors import DeadlockError, InvalidType, RaceError
 from tests.runtime.conftest import PCI_DEVICE
 
 BYTES = 4096
@@ -136,6 +136,12 @@ def test_the_environment_asks_for_it(monkeypatch, paths_for_the_embedded_emulato
         assert device._validator is not None
     with maia_rt.open(own_selector, validate=False) as device:
         assert device._validator is None
+
+
+@pytest.mark.parametrize("odd", [1, "yes", []])
+def test_whether_to_validate_is_yes_or_no(odd):
+    with pytest.raises(InvalidType, match="validate is"):
+        maia_rt.open("emulated", validate=odd)
 
 
 def test_memory_of_the_past_is_bounded(checked, two):
@@ -319,3 +325,20 @@ def test_a_fence_orders_all_streams(checked, two):
         checked.fence()
         second.fill(buffer, 2)
         checked.synchronize()
+
+
+def test_a_replay_of_a_graph_counts_as_what_its_nodes_do(checked, two):
+    first, second = two
+    with checked.allocate(BYTES) as source, checked.allocate(BYTES) as target:
+        with first.capture() as capture:
+            first.fill(source, 1)
+            first.copy(target, source)
+        with capture.instantiate() as graph:
+            graph.launch(first)
+            with pytest.raises(RaceError, match=r"fill on .* writes .*; launch of a graph .* writes it"):
+                second.fill(source, 2)
+            with pytest.raises(RaceError, match="launch of a graph"):
+                graph.launch(second)
+            second.wait(first)
+            graph.launch(second)
+            checked.synchronize()
