@@ -42,15 +42,15 @@ class StreamCalls:
         Holds the number of the last call that has returned.
     count : int
         The number of the newest call, modulo 2^32.
-    outstanding : int
-        Calls that have not returned, nor been lost.
+    pending : deque of Call
+        Those that have not returned, nor been lost, the oldest first.
     """
 
     def __init__(self, semaphore: Semaphore) -> None:
         self.semaphore = semaphore
         self.lock = threading.Lock()
         self.count = 0
-        self.outstanding = 0
+        self.pending: deque[Call] = deque()
 
 
 class Call:
@@ -136,8 +136,9 @@ class Dispatcher:
             ticket = (calls.count + 1) & WORD
             stream._submit(_NOP, pre=((calls.semaphore.index, WaitOp.GE, ticket),), unbounded=True)
             calls.count = ticket
-            calls.outstanding += 1
-            self._incoming.append(Call(stream, calls, ticket, event, function, args))
+            call = Call(stream, calls, ticket, event, function, args)
+            calls.pending.append(call)
+            self._incoming.append(call)
         self._ring()
 
     def refuse_wait(self, stream: Stream | None) -> None:
@@ -145,7 +146,7 @@ class Dispatcher:
         if stream is None or threading.current_thread() is not self._thread:
             return
         calls = stream._calls
-        if stream is self._running or (calls is not None and calls.outstanding):
+        if stream is self._running or (calls is not None and calls.pending):
             raise DeadlockError(
                 f"{self._device}: a function that {self._running.name if self._running else 'a stream'} called waits "
                 f"for {stream.name}, which waits until that function has returned",
@@ -217,7 +218,7 @@ class Dispatcher:
                 self._ready.append(call)
             else:
                 # What waits for it is lost, too.
-                call.calls.outstanding -= 1
+                call.calls.pending.remove(call)
 
         watch.add(sequence, heard)
 
@@ -235,4 +236,4 @@ class Dispatcher:
             call.run()
         finally:
             self._running = None
-            call.calls.outstanding -= 1
+            call.calls.pending.remove(call)

@@ -8,7 +8,7 @@ import pytest
 
 import maia_rt
 from maia_rt.contract.commands import Opcode
-from maia_rt.errors import CallbackError, ClosedError, DeadlockError, DeviceFault, InvalidType
+from maia_rt.errors import CallbackError, ClosedError, DeadlockError, DeviceFault, DeviceTimeout, InvalidType
 
 
 def boom():
@@ -250,3 +250,36 @@ def test_a_streams_semaphore_goes_with_it(attached):
             stream.synchronize(10)
     attached._reclaimer.collect()
     assert len(attached._free_semaphores._free) == free
+
+
+def test_a_time_out_says_that_a_function_has_not_returned(attached):
+    with attached.create_stream() as stream:
+        go = threading.Event()
+
+        def slow():
+            go.wait(10)
+
+        stream.call(slow)
+        stream.call(len, ())
+        with pytest.raises(DeviceTimeout, match="waits for a function that it called") as caught:
+            stream.synchronize(0.1)
+        assert caught.value.report.verdict is maia_rt.HangVerdict.WAITING
+        go.set()
+        stream.synchronize(10)
+
+
+def test_an_aborted_call_is_told_as_that_and_its_function_returns_to_nobody(attached):
+    with attached.create_stream() as stream:
+        go = threading.Event()
+        stream.call(go.wait, 10)
+        while stream.query():
+            time.sleep(0.001)
+        assert stream.abort()
+        with pytest.raises(DeviceFault, match="ABORTED"):
+            stream.synchronize(10)
+        stream.recover()
+        go.set()
+        seen = []
+        stream.call(seen.append, 1)
+        stream.synchronize(10)
+        assert seen == [1]
