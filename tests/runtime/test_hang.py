@@ -404,6 +404,39 @@ def test_a_launch_is_shown_with_its_kernels_name(device, stream, release):
         stream.synchronize()
 
 
+def test_a_launch_that_gets_nowhere_is_shown_with_its_kernel_and_for_how_long(device, streams):
+    first, second, *_ = streams
+    with device.load(tiny_image()) as program, device.allocate(1000, np.float32) as x:
+        device.inject("hang:opcodes=LAUNCH")
+        first.launch(program["axpy"], x, x, x, 1.0)
+        second.wait(first)
+        assert eventually(lambda: device.hang_report().links[-1].seconds)
+        report = device.hang_report()
+        assert report.verdict is HangVerdict.WAITING
+        assert [link.queue for link in report.links] == [second.queue.id, first.queue.id]
+        link = report.links[-1]
+        assert (link.state, link.detail) == ("runs", "kernel axpy")
+        assert 0 < link.seconds < 10
+        assert f"queue {first.queue.id} ({first.name}) is at command {link.sequence}: LAUNCH" in report.sentence
+        assert first.abort()
+        with pytest.raises(DeviceFault):
+            first.synchronize()
+        first.recover()
+        second.synchronize()
+
+
+@pytest.mark.emulator_process
+def test_dead_firmware_is_said_and_the_driver_tells_what_it_knows(embedded):
+    with embedded.create_semaphore() as semaphore, embedded.create_stream() as stream:
+        stream.wait(semaphore, 1)
+        embedded.inject("firmware:now")
+        report = embedded.hang_report()
+        assert report.verdict is HangVerdict.FIRMWARE
+        assert report.firmware
+        assert f"waits for {semaphore.name} >= 1, which is 0" in report.sentence
+        assert str(report).splitlines()[1].startswith("  the device could not be asked, this is what the driver knows")
+
+
 def test_no_wait_without_a_deadline_a_timeout_says_what_it_waits_for_and_who_should_have_signalled(
         device, streams, release):
     first, second, *_ = streams
