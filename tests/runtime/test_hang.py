@@ -427,14 +427,33 @@ def test_a_launch_that_gets_nowhere_is_shown_with_its_kernel_and_for_how_long(de
 
 @pytest.mark.emulator_process
 def test_dead_firmware_is_said_and_the_driver_tells_what_it_knows(embedded):
-    with embedded.create_semaphore() as semaphore, embedded.create_stream() as stream:
-        stream.wait(semaphore, 1)
-        embedded.inject("firmware:now")
-        report = embedded.hang_report()
-        assert report.verdict is HangVerdict.FIRMWARE
-        assert report.firmware
-        assert f"waits for {semaphore.name} >= 1, which is 0" in report.sentence
-        assert str(report).splitlines()[1].startswith("  the device could not be asked, this is what the driver knows")
+    semaphore, stream = embedded.create_semaphore(), embedded.create_stream()
+    stream.wait(semaphore, 1)
+    embedded.inject("firmware:now")
+    report = embedded.hang_report()
+    assert report.verdict is HangVerdict.FIRMWARE
+    assert report.firmware
+    assert f"waits for {semaphore.name} >= 1, which is 0" in report.sentence
+    assert str(report).splitlines()[1].startswith("  the device could not be asked, this is what the driver knows")
+    embedded.reset()
+    assert eventually(lambda: embedded.hang_report().verdict is HangVerdict.IDLE)
+
+
+def test_a_launch_without_tiles_says_who_has_them(device, streams):
+    with device.load(tiny_image(100_000)) as program, device.allocate(100_000, np.float32) as x:
+        for _ in range(100):
+            for stream in streams:
+                for _ in range(10):
+                    stream.launch(program["axpy"], x, x, x, 1.0, clusters=1)
+            report = device.hang_report()
+            if "waits for tiles" in str(report):
+                break
+            device.synchronize()
+        assert report.verdict is HangVerdict.WAITING
+        (wait,) = report.links[0].waits
+        assert wait.queues
+        assert re.search(rf"waits for tiles, which are held by .*kernel axpy on queue {wait.queues[-1]}", wait.text)
+        device.synchronize()
 
 
 def test_no_wait_without_a_deadline_a_timeout_says_what_it_waits_for_and_who_should_have_signalled(
