@@ -116,6 +116,7 @@ class AdminQueue:
         self._event_fd = event_fd
         self._on_event = on_event
         self._broken = ""
+        self._boots = 0
         self._tail = 0
         self.lock = AdminLock(afterwards)
         sizes = (ADMIN_COMMAND.itemsize << ENTRIES_LOG2, ADMIN_COMPLETION.itemsize << ENTRIES_LOG2, PAGE_BYTES)
@@ -131,6 +132,9 @@ class AdminQueue:
 
     def announce(self) -> None:
         """Tell the device where the rings are. It takes this over when it is enabled, and starts at index 0."""
+        # Whoever still waits for what the device was asked before gives up.
+        self._boots += 1
+        self.ring_bell()
         self._sq[:] = np.zeros((), ADMIN_COMMAND)
         self._tail = 0
         self._broken = ""
@@ -167,7 +171,7 @@ class AdminQueue:
             if self._broken:
                 raise FirmwareError(f"{self._transport.name}: firmware no longer answers",
                                     cause=self._broken, hint="reset the device")
-            slot = self._tail % len(self._sq)
+            slot, boots = self._tail % len(self._sq), self._boots
             command = np.zeros((), ADMIN_COMMAND)
             command["opcode"], command["id"] = opcode, self._tail & _U32
             if params is None:
@@ -179,10 +183,11 @@ class AdminQueue:
             self._hush()
             try:
                 self._transport.write(PciRegion.BAR0, Bar0.ADMIN_TAIL, 4, self._tail & _U32)
-                status, *results = self._await(slot, opcode)
+                status, *results = self._await(slot, opcode, boots)
             except (DeviceTimeout, FirmwareError) as error:
                 # Its text only: an exception would keep the frames it came through.
-                self._broken = error.what
+                if boots == self._boots:
+                    self._broken = error.what
                 raise
             if status != AdminStatus.OK:
                 raise self._refusal(opcode, status)
@@ -213,7 +218,7 @@ class AdminQueue:
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
-    def _await(self, slot: int, opcode: AdminOpcode) -> tuple[int, int, int]:
+    def _await(self, slot: int, opcode: AdminOpcode, boots: int) -> tuple[int, int, int]:
         """Wait for the newest command's completion: status and results.
 
         An interrupt is held back until then: the device may be writing to memory that the caller is about to free.
@@ -222,9 +227,12 @@ class AdminQueue:
         start = time.monotonic()
         deadline, next_look, beat = start + self._timeout, start + LOOK_SECONDS, (-1, start)
         interrupt: KeyboardInterrupt | None = None
-        while int(self._cq["sequence"][slot]) != expected:
+        while int(self._cq["sequence"][slot]) != expected or boots != self._boots:
             now = time.monotonic()
             self._require_open()
+            if boots != self._boots:
+                raise FirmwareError(f"{self._transport.name}: the device was reset before {opcode.name} was done",
+                                    hint="try again")
             try:
                 if now > deadline:
                     raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {opcode.name} within "
