@@ -56,7 +56,8 @@ class PinnedBlock:
         self.free()
 
     def __del__(self) -> None:
-        if not getattr(self, "_freed", True):
+        # With the pool it has gone all the same: an array over it outlived its device.
+        if not getattr(self, "_freed", True) and not self._mapped.region.closed:
             warnings.warn(f"a block of {self.size} bytes of pinned memory was not freed", ResourceWarning, stacklevel=2)
             self.free()
 

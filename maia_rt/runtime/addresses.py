@@ -14,10 +14,20 @@ NEAR: Final = 1 << 20
 _REMEMBERED: Final = 1024
 
 
-class _Freed(NamedTuple):
+class Freed(NamedTuple):
+    """What is left of memory that was given back; its text is made when somebody asks."""
+
+    kind: str
     start: int
     nbytes: int
-    text: str
+    dtype: object
+    shape: tuple[int, ...]
+    place: object
+
+    def __str__(self) -> str:
+        what = f"{self.nbytes} bytes" if self.dtype is None else f"{self.dtype} {self.shape}"
+        where = f", freed at {self.place}" if self.place else ""
+        return f"<{self.kind} {what} at {self.start:#x}{where}>"
 
 
 class AddressBook:
@@ -36,12 +46,12 @@ class AddressBook:
 
     def __init__(self, memories: Collection[Memory]) -> None:
         self._memories = memories
-        self._freed: deque[_Freed] = deque(maxlen=_REMEMBERED)
+        self._freed: deque[Freed] = deque(maxlen=_REMEMBERED)
         self.closings = 0
 
-    def forget(self, address: int, nbytes: int, text: str) -> None:
-        """Remember that memory was given back; `text` says what it was."""
-        self._freed.append(_Freed(address, nbytes, text))
+    def forget(self, freed: Freed) -> None:
+        """Remember that memory was given back, and what it was."""
+        self._freed.append(freed)
         self.closings += 1
 
     def describe(self, address: int) -> str:
@@ -59,7 +69,7 @@ class AddressBook:
                 return f"{address - start} bytes into {text}"
         for freed in reversed(self._freed):
             if freed.start <= address < freed.start + max(freed.nbytes, 1):
-                return f"{address - freed.start} bytes into {freed.text}, which was closed"
+                return f"{address - freed.start} bytes into {freed}, which was closed"
         near = min(((_distance(address, start, nbytes), start, text) for start, nbytes, text in found), default=None)
         if near is None or near[0] > NEAR:
             return ""

@@ -17,6 +17,7 @@ from maia_rt.errors import BufferInUse, ClosedError, InvalidArgument, InvalidTyp
 from maia_rt.memory import Space
 from maia_rt.observe.place import Place, here
 from maia_rt.runtime import check, dlpack, strides
+from maia_rt.runtime.addresses import Freed
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
@@ -191,9 +192,10 @@ class Memory(abc.ABC):
 
     def _mark_closed(self) -> None:
         self._freed = here()
-        where = f", freed at {self._freed}" if self._freed else ""
-        self.device._addresses.forget(self._address, self.nbytes, repr(self).removesuffix(">") + f"{where}>")
+        # First this: whoever hears that something was closed then finds out what.
         self._closed = True
+        self.device._addresses.forget(Freed(type(self).__name__, self._address, self.nbytes, self.dtype, self.shape,
+                                            self._freed))
 
     def _free_after(self, stream: Stream) -> None:
         """Close in the order of a stream: its commands so far may use the memory, nobody else's do."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, Final
+import struct
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _COPY: Final = int(Opcode.COPY)
 _COPY_ND: Final = int(Opcode.COPY_ND)
 _DESCRIPTOR_BYTES: Final = COPY_DESCRIPTOR.itemsize
+_pack: Final = struct.Struct("<3Q2I4q").pack
+"""A COPY_DESCRIPTOR, in a fraction of the time that an array of them takes."""
 _MOST_AT_ONCE: Final = 512
 """Descriptors that are written before one of them is used: 32 KiB."""
 _MOST_RANGES: Final = 256
@@ -35,11 +39,12 @@ def submit(stream: Stream, staging: Staging, to: int, at: int, walk: Walk) -> No
             stream._submit(_COPY, payload=(at, to, walk.run))
             return
         rows = _descriptors(to, at, walk)
-        for first in range(0, len(rows), _MOST_AT_ONCE):
-            some = rows[first:first + _MOST_AT_ONCE]
-            address, host = staging.take(some.nbytes)
-            ctypes.memmove(host, some.ctypes.data, some.nbytes)
-            _submit_each(stream, address, len(some))
+        most = _MOST_AT_ONCE * _DESCRIPTOR_BYTES
+        for first in range(0, len(rows), most):
+            some = rows[first:first + most]
+            address, host = staging.take(len(some))
+            ctypes.memmove(host, some, len(some))
+            _submit_each(stream, address, len(some) // _DESCRIPTOR_BYTES)
             staging.use(stream._mark())
 
 
@@ -115,8 +120,8 @@ def _submit_staged(stream: Stream, room: tuple[int, int], to: int, at: int, walk
         stream._submit(_COPY, payload=(at, to, walk.run))
         return
     rows = _descriptors(to, at, walk)
-    ctypes.memmove(room[1], rows.ctypes.data, rows.nbytes)
-    _submit_each(stream, room[0], len(rows))
+    ctypes.memmove(room[1], rows, len(rows))
+    _submit_each(stream, room[0], len(rows) // _DESCRIPTOR_BYTES)
 
 
 def _submit_each(stream: Stream, address: int, count: int) -> None:
@@ -124,20 +129,32 @@ def _submit_each(stream: Stream, address: int, count: int) -> None:
         stream._submit(_COPY_ND, payload=(address + number * _DESCRIPTOR_BYTES, 0, 0))
 
 
-def _descriptors(to: int, at: int, walk: Walk) -> npt.NDArray[Any]:
-    """Return the descriptors of a walk: the device does its two longest loops, each turn of the others is one."""
-    order = sorted(range(len(walk.shape)), key=lambda axis: walk.shape[axis])
+class _Plan(NamedTuple):
+    """What the descriptors of a walk have in common, and the offsets of dst and src where each starts."""
+
+    fields: tuple[int, ...]
+    starts: tuple[tuple[int, int], ...]
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(walk: Walk) -> _Plan:
+    """The device does the two longest loops, each turn of the others is one command."""
+    order = sorted(range(len(walk.shape)), key=walk.shape.__getitem__)
     inner, outer = sorted(order[-2:]), sorted(order[:-2])
-    made = np.zeros(math.prod(walk.shape[axis] for axis in outer), COPY_DESCRIPTOR)
-    made["row_bytes"], made["rows"], made["planes"] = walk.run, walk.shape[inner[-1]], 1
-    made["src_row_stride"], made["dst_row_stride"] = walk.src[inner[-1]], walk.dst[inner[-1]]
+    rows = inner[-1]
+    planes, src_plane, dst_plane = 1, 0, 0
     if len(inner) > 1:
-        made["planes"] = walk.shape[inner[0]]
-        made["src_plane_stride"], made["dst_plane_stride"] = walk.src[inner[0]], walk.dst[inner[0]]
-    for row, index in zip(made, itertools.product(*(range(walk.shape[axis]) for axis in outer)), strict=True):
-        row["src"] = at + sum(i * walk.src[axis] for i, axis in zip(index, outer, strict=True))
-        row["dst"] = to + sum(i * walk.dst[axis] for i, axis in zip(index, outer, strict=True))
-    return made
+        planes, src_plane, dst_plane = walk.shape[inner[0]], walk.src[inner[0]], walk.dst[inner[0]]
+    starts = tuple(
+        (sum(i * walk.dst[axis] for i, axis in zip(index, outer, strict=True)),
+         sum(i * walk.src[axis] for i, axis in zip(index, outer, strict=True)))
+        for index in itertools.product(*(range(walk.shape[axis]) for axis in outer)))
+    return _Plan((walk.run, walk.shape[rows], planes, walk.src[rows], walk.dst[rows], src_plane, dst_plane), starts)
+
+
+def _descriptors(to: int, at: int, walk: Walk) -> bytes:
+    fields, starts = _plan(walk)
+    return b"".join(_pack(at + src, to + dst, *fields) for dst, src in starts)
 
 
 def _array_at(address: int, like: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -117,6 +118,7 @@ class Walk(NamedTuple):
     src: Dims
 
 
+@functools.lru_cache(maxsize=512)
 def walk(shape: Dims, dst: Dims, src: Dims, size: int) -> Walk:
     """Find the fewest loops that go over two strided arrays of one shape, with elements of `size` bytes."""
     if 0 in shape:
