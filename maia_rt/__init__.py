@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from maia_rt.contract.injection import Injection
     from maia_rt.contract.microscaling import from_mx, to_mx
     from maia_rt.loss import LostCommand
-    from maia_rt.memory import Space
+    from maia_rt.memory.space import Space
     from maia_rt.runtime.buffer import Buffer
     from maia_rt.runtime.capture import Capture
     from maia_rt.runtime.copy import CopyPath

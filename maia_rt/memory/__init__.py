@@ -9,7 +9,6 @@ from maia_rt.memory.physical import physical_ranges
 from maia_rt.memory.pinned import PinnedBlock, PinnedPool
 from maia_rt.memory.regions import DmaRegion
 from maia_rt.memory.registered import RegisteredMemory
-from maia_rt.memory.space import Space
 
 __all__ = [
     "AddressSpace",
@@ -20,7 +19,6 @@ __all__ = [
     "PinnedBlock",
     "PinnedPool",
     "RegisteredMemory",
-    "Space",
     "SpaceStatistics",
     "SramHeap",
     "check_memlock",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from maia_rt.errors import InvalidArgument, InvalidType, MaiaError, OutOfMemory, Unsupported
-from maia_rt.memory import RegisteredMemory, Space
+from maia_rt.memory import RegisteredMemory
+from maia_rt.memory.space import Space
 from maia_rt.runtime import check
 from maia_rt.runtime.buffer import Buffer, Memory, Shape, measure
 from maia_rt.runtime.host_buffer import HostBuffer
@@ -20,6 +22,7 @@ from maia_rt.transport.uapi import PciRegion
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
 
+T = TypeVar("T")
 _NAMED: Final = 3
 
 
@@ -57,7 +60,7 @@ def take(device: Device, space: Space, nbytes: int, alignment: int, *, wait: boo
     except OutOfMemory as error:
         full = error
     if space == Space.hbm():
-        for pool in list(device._pools):
+        for pool in snapshot(device._pools):
             with contextlib.suppress(MaiaError):
                 pool.trim()
         with contextlib.suppress(OutOfMemory):
@@ -68,7 +71,7 @@ def take(device: Device, space: Space, nbytes: int, alignment: int, *, wait: boo
 def settle(device: Device, space: Space) -> None:
     """Free what was closed in a space; where commands may still use it, after everything that was submitted."""
     device._reclaimer.collect()
-    held = sum(isinstance(one, Buffer) and one.space == space and not one.closed for one in list(device._memories))
+    held = sum(isinstance(one, Buffer) and one.space == space and not one.closed for one in snapshot(device._memories))
     if held < device._spaces.statistics(space).allocations:
         _wait_for_queues(device)
 
@@ -81,7 +84,8 @@ def _wait_for_queues(device: Device) -> None:
 
 
 def _largest(device: Device, space: Space) -> str:
-    held = [one for one in list(device._memories) if isinstance(one, Buffer) and one.space == space and not one.closed]
+    held = [one for one in snapshot(device._memories)
+            if isinstance(one, Buffer) and one.space == space and not one.closed]
     held.sort(key=lambda one: -one.nbytes)
     named = [f"{one.nbytes} bytes" + (f" from {one._made}" if one._made else "") for one in held[:_NAMED]]
     return ", the largest buffers are: " + "; ".join(named) if named else ""
@@ -161,7 +165,16 @@ def map_hbm(device: Device, address: int, nbytes: int) -> npt.NDArray[np.uint8]:
 
 def find_root(device: Device, address: int) -> Memory | None:
     """Return the open buffer of the device that an address lies in."""
-    for memory in list(device._memories):
+    for memory in snapshot(device._memories):
         if not memory.closed and memory._address <= address < memory._address + max(memory.nbytes, 1):
             return memory
     return None
+
+
+def snapshot(members: Iterable[T]) -> list[T]:
+    """Return what is in a weak set, also while other threads add to it."""
+    while True:
+        try:
+            return list(members)
+        except RuntimeError:
+            continue

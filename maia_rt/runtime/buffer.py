@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maia_rt.errors import BufferInUse, ClosedError, InvalidArgument, InvalidType, OutOfMemory, Unsupported
-from maia_rt.memory import Space
+from maia_rt.memory.space import Space
 from maia_rt.observe.place import Place, here
 from maia_rt.runtime import check, dlpack, strides
 from maia_rt.runtime.addresses import Freed

@@ -26,7 +26,8 @@ from maia_rt.contract.injection import Injection
 from maia_rt.contract.program import Image
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, InvalidType, MaiaError
 from maia_rt.firmware import Capabilities, Firmware, Identity
-from maia_rt.memory import PinnedPool, Space, SpaceStatistics
+from maia_rt.memory import PinnedPool, SpaceStatistics
+from maia_rt.memory.space import Space
 from maia_rt.observe import live
 from maia_rt.queue import DEFAULT_TIMEOUT, QueuePair
 from maia_rt.runtime import allocation, check

@@ -6,13 +6,13 @@ point at in pinned memory, say all that the device will touch. A list that lies 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
 
+from maia_rt._fast.ring import WAIT_LOST
 from maia_rt.contract.commands import COMMAND, COMMAND_BYTES, COPY_DESCRIPTOR, CRC, LAUNCH, Opcode, decode
 from maia_rt.errors import MaiaError
 from maia_rt.queue import QueuePair
@@ -90,8 +90,11 @@ def wait_for_use(look_again: Callable[[], Use | None], seconds: float) -> Use | 
         left = deadline - time.monotonic()
         if use is None or left <= 0:
             return use
-        with contextlib.suppress(MaiaError):
-            use.queue.ring.wait(use.sequence, int(left * 1e9))
+        try:
+            if use.queue.ring.wait(use.sequence, int(left * 1e9)) == WAIT_LOST:
+                return None  # the device is gone, and uses nothing any more
+        except MaiaError:
+            continue
 
 
 def _ranges(command: Any, find: Find, readers: list[Reader]) -> Iterator[Range]:

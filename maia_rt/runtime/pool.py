@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 import numpy.typing as npt
 
 from maia_rt.errors import ClosedError, InvalidArgument, MaiaError, OutOfMemory
-from maia_rt.memory import AddressSpace, Space
+from maia_rt.memory import AddressSpace
+from maia_rt.memory.space import Space
 from maia_rt.runtime import allocation
 from maia_rt.runtime.buffer import Buffer, Memory, Shape, measure
 from maia_rt.runtime.check import instance

@@ -10,7 +10,8 @@ from maia_rt.capabilities import Capabilities
 from maia_rt.contract.commands import SRAM_STRIDE_LOG2
 from maia_rt.contract.registers import BAR0
 from maia_rt.errors import InvalidArgument
-from maia_rt.memory import DeviceHeap, Space, SpaceStatistics, SramHeap
+from maia_rt.memory import DeviceHeap, SpaceStatistics, SramHeap
+from maia_rt.memory.space import Space
 
 if TYPE_CHECKING:
     from maia_rt.runtime.program import Kernel
