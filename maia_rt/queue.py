@@ -51,6 +51,12 @@ SLICE_SECONDS: Final = 0.3
 FAILED: Final = 1
 """In `Account.stopped`: a command of the stream failed; it stands still until it is recovered."""
 
+CLOSED: Final = 4
+"""Likewise: the stream has been closed. (2 belongs to the runtime.)"""
+
+# How far a repair is: before _SETTLED it still takes out what streams lose that fail elsewhere.
+_NONE, _STARTED, _SETTLED = range(3)
+
 _LOSSES: Final = 256
 _LONGEST_REPAIR: Final = 2.0
 
@@ -149,6 +155,8 @@ class QueuePair:
         self._closing = False
         self._raised: dict[int, BaseException] = {}
         self._losses: deque[Loss] = deque(maxlen=_LOSSES)
+        self._phase = _NONE
+        self._aborts: set[int] = set()
         self._failed = 0
         self._aborted = 0
         self._final: QueueStatistics | None = None
@@ -304,6 +312,12 @@ class QueuePair:
             finally:
                 self._repairing.release()
 
+    def settle(self) -> None:
+        """Repair the queue if it stands still, and wait for another thread's repair that is under way."""
+        self.repair()
+        with self._repairing:
+            pass
+
     def _repair(self, blocking: bool) -> bool:
         ring = self.ring
         if not ring.hold(blocking):
@@ -317,31 +331,43 @@ class QueuePair:
             if not lost or lost[0][0] != failed:
                 # Nobody's command: then it is everybody's fault.
                 lost += ring.void(0, None)
-            self._failed += 1 if lost else 0
-            self._aborted += max(len(lost) - 1, 0)
+            self._phase = _STARTED
             self._charge(lost, facts, failed)
+            for account in {account for account in (self.accounts.get(item[3]) for item in lost) if account}:
+                for queue in list(account.queues):
+                    if queue is not self:
+                        # What the stream has submitted there since waits for this queue.
+                        queue.doom(account.number)
+            # Who failed on other queues meanwhile has counted on this one until here.
+            self._phase = _SETTLED
+            for account in list(self.accounts.values()):
+                if account.stopped & (FAILED | CLOSED):
+                    self._charge(ring.void(0, account.number), account.failure or facts, None)
             # Nobody may take the NOPs for success: their loss is known before they run.
             self._admin.reset_queue(self.id, ring.poll())
             ring.resume(ring.poll())
         finally:
+            self._phase = _NONE
             ring.let_go()
+        self._ask_for_aborts()
         return bool(lost)
 
     def _charge(self, lost: list[tuple[int, bytes, Any, int]], facts: dict[str, Any], failed: int | None) -> None:
-        """Note what was lost: here, by sequence number, and on the accounts of the streams."""
+        """Note what was lost: here, by sequence number, and on the accounts of the streams, which stand still then."""
         by_owner: dict[int, list[LostCommand]] = {}
         for sequence, raw, site, owner in lost:
             by_owner.setdefault(owner, []).append(LostCommand(sequence, raw, site))
+        failures = sum(item[0] == failed for item in lost)
+        self._failed += failures
+        self._aborted += len(lost) - failures
         for owner, commands in by_owner.items():
             account, found = self.accounts.get(owner), facts
             if account is not None:
                 found = charge(account, facts, commands, failed)
                 account.stop(FAILED)
-                for queue in list(account.queues) if failed is not None else ():
-                    if queue is not self:
-                        # What the stream has submitted elsewhere since waits for this queue.
-                        queue.abort_first(owner)
             self._losses.append(Loss((command.sequence for command in commands), found))
+
+    # --- aborts ------------------------------------------------------------------------------------------------------
 
     def abort(self, sequence: int, number: int, raised: BaseException | None = None) -> bool:
         """Have the device fail a command of the stream `number`; say whether it was not done yet.
@@ -352,18 +378,37 @@ class QueuePair:
             return False
         if raised is not None:
             self._raised[sequence] = raised
-        try:
-            self._admin.abort(self.id, sequence)
-        except InvalidArgument:  # done meanwhile
-            self._raised.pop(sequence, None)
-            return False
+        self._aborts.add(sequence)
+        self._ask_for_aborts()
         return True
 
-    def abort_first(self, number: int) -> None:
-        """Have the device fail the first outstanding command of a stream, if there is one."""
-        with contextlib.suppress(MaiaError):
-            for sequence in self.ring.outstanding(number)[:1]:
-                self._admin.abort(self.id, sequence)
+    def doom(self, number: int) -> None:
+        """See to it that what a stream has outstanding here is lost; its account says already that it stands still."""
+        deadline = time.monotonic() + _LONGEST_REPAIR
+        while time.monotonic() < deadline and self._phase != _STARTED:
+            left = self.ring.outstanding(number)
+            if not left:
+                return
+            if self._phase == _NONE:
+                with contextlib.suppress(MaiaError):
+                    self.repair(blocking=False)
+                    if self.abort(left[0], number) and not self.ring.stopped:
+                        return
+            time.sleep(0.0005)
+
+    def _ask_for_aborts(self) -> None:
+        """Ask the device for the first of the aborts that are due: it remembers one, and none over a reset."""
+        deadline = time.monotonic() + _LONGEST_REPAIR
+        while self._aborts and not self.ring.stopped and time.monotonic() < deadline:
+            due = [sequence for sequence in self.ring.outstanding() if sequence in self._aborts]
+            if not due:
+                self._aborts.difference_update([s for s in list(self._aborts) if s <= self.ring.poll()])
+                return
+            try:
+                self._admin.abort(self.id, due[0])
+                return
+            except InvalidArgument:  # it is done by now; or the queue has just stopped: then this comes again
+                time.sleep(0.0002)
 
     def where(self, sequence: int) -> str:
         """Return ``file:line`` that submitted a command, empty where it is not known."""
@@ -404,7 +449,7 @@ class QueuePair:
         if self.ring.closed:
             return
         self._end_repairs()
-        self._settle()
+        self._conclude()
         try:
             self._admin.delete_queue(self.id)
         except (DeviceLost, ClosedError):
@@ -419,7 +464,7 @@ class QueuePair:
     def release(self) -> None:
         """Give the memory back; for owners that know the device no longer touches it. Idempotent."""
         self._end_repairs()
-        self._settle()
+        self._conclude()
         if self.ring.close():
             self._free()
 
@@ -429,7 +474,7 @@ class QueuePair:
             return
         self._repairing.release()
 
-    def _settle(self) -> None:
+    def _conclude(self) -> None:
         """Take the last figures, and remember what will never run."""
         if self._final is not None or self.ring.closed:
             return

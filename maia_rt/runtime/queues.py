@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from maia_rt._fast.lane import Lane
-from maia_rt._fast.ring import Account
+from maia_rt._fast.ring import Account, QueueStopped
 from maia_rt.errors import MaiaError, OutOfQueues
-from maia_rt.queue import QueuePair
+from maia_rt.queue import CLOSED, QueuePair
 
 MOVE: Final = 2
 """In `Account.stopped`: the stream must look for another queue before its next command."""
-CLOSED: Final = 4
-"""Likewise: the stream has been closed."""
 _UNKNOWN: Final = 1 << 64
 
 
@@ -72,6 +70,14 @@ class Place:
         self.streams.pop(account.number, None)
         self.left[account.number] = account, last
         self.queue.ring.sole = next(iter(self.streams.values())) if len(self.streams) == 1 else None
+
+    def submit_wait(self, account: Account, semaphore: int, value: int) -> int:
+        """Submit a wait for a stream that is on another queue still; return its sequence number."""
+        while True:
+            try:
+                return self.queue.ring.submit_for(account, semaphore, value)
+            except QueueStopped:
+                self.queue.repair()
 
 
 class Claim:
@@ -180,11 +186,14 @@ class QueueTable:
                 return
             queue = place.queue
             target = self._find(account.priority, queue.ring.entries, None)
+            if target is place:  # the wait that it was to make way for is over
+                account.go(MOVE)
+                return
             last = max(account.last, account.follow)
             # It is known there before anything of it is: a fault finds the account by its number.
             target.join(account)
             try:
-                sequence = target.queue.ring.submit_for(account, queue.id, last & 0xFFFFFFFF)
+                sequence = target.submit_wait(account, queue.id, last & 0xFFFFFFFF)
             except BaseException:
                 target.part(account, target.queue.ring.initial)
                 raise
@@ -235,6 +244,7 @@ class QueueTable:
 
         The queue is given back with the last stream; where it has commands of others to finish, as soon as it has.
         """
+        account.stop(CLOSED)
         with self._lock:
             place = self._places.get(queue)
             if place is None:
@@ -244,7 +254,7 @@ class QueueTable:
             shared = bool(place.streams) or any(number != account.number for number in place.left)
             for other in list(account.queues):
                 if shared or other is not queue:
-                    other.abort_first(account.number)
+                    other.doom(account.number)
             if not shared:
                 self._give_back(place)
             self._spread()

@@ -26,7 +26,7 @@ from maia_rt.errors import (
     device_fault,
 )
 from maia_rt.loss import LostCommand
-from maia_rt.queue import FAILED, QueuePair
+from maia_rt.queue import CLOSED, FAILED, QueuePair
 from maia_rt.runtime import check
 from maia_rt.runtime.awaiting import reach
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
@@ -36,7 +36,7 @@ from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pool import MemoryPool, allocate, free
 from maia_rt.runtime.program import Kernel
-from maia_rt.runtime.queues import CLOSED, Claim
+from maia_rt.runtime.queues import Claim
 from maia_rt.runtime.semaphore import MOST_ADDED, POSTS, WAITS, WORD, PostName, Semaphore, WaitName
 from maia_rt.runtime.staging import Staging
 
@@ -632,13 +632,13 @@ class Stream(Lane):
             self._queue.repair()
             if not account.stopped & FAILED:
                 return []
-            for queue, sequence in list(account.queues.items()):
-                # What it submitted to several queues fails on one after the other.
-                if queue is not self._queue:
-                    with contextlib.suppress(DeviceFault):
-                        queue.wait(sequence, self.timeout)
-                    with contextlib.suppress(DeviceFault):
-                        self._queue.wait(account.last, self.timeout)
+            # Who repairs a queue takes out what the stream has submitted to others; nothing new may get in between.
+            for queue in list(account.queues):
+                queue.settle()
+            for queue, sequence in list(account.queues.items()) if len(account.queues) > 1 else ():
+                with contextlib.suppress(DeviceFault):
+                    queue.wait(account.last if queue is self._queue else sequence, self.timeout)
+                queue.settle()
             lost, account.lost, account.failure = account.lost, [], None
             account.last = self._ring.initial
             if self._staging is not None:

@@ -400,3 +400,58 @@ def test_faults_on_shared_queues_at_random_against_a_model(crowded, seed, record
         with contextlib.suppress(DeviceFault):
             stream.close()
     assert FaultCode.TRAP in set(crowded.faults()["code"]) or not any(down)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_with_faults_unbounded_waits_and_moves_at_random(crowded, seed, record_property):
+    """Each thread has a stream and a row; it knows what must be there, whatever the others go through."""
+    record_property("seed", seed)
+    wrong, marks = [], {}
+
+    def work(number):
+        rng = random.Random(100 * seed + number)
+        row, want, semaphore = memory[number:number + 1], 0, SEMAPHORE + number
+        try:
+            with crowded.create_stream(entries=16) as stream, crowded.create_stream(entries=16) as other:
+                stream.fill(row, 0)
+                for _ in range(60):
+                    action = rng.random()
+                    if action < 0.08:
+                        fail(stream)
+                        with contextlib.suppress(DeviceFault):
+                            for _ in range(rng.randrange(4)):
+                                stream.fill(row, 255)
+                        with pytest.raises(DeviceFault, match=f"{stream.name} on queue .* failed: TRAP"):
+                            stream.synchronize(20)
+                        assert stream.recover()[0].command.startswith("TRAP")
+                    elif action < 0.16:
+                        with contextlib.suppress(OutOfQueues):
+                            stream._submit(Opcode.NOP, pre=((semaphore, WaitOp.ACQUIRE, 1),), unbounded=True)
+                            other._submit(Opcode.NOP, post=((semaphore, PostOp.ADD, 1),))
+                    elif action < 0.35:
+                        marks[number] = stream.record(timing=rng.random() < 0.3)
+                    elif action < 0.5:
+                        event = marks.get(rng.randrange(5))
+                        with contextlib.suppress(OutOfQueues):
+                            stream.wait(event or stream.record())
+                    elif action < 0.6:
+                        stream.synchronize(20)
+                        assert (row.copy_to_host(stream) == want).all()
+                    else:
+                        want = rng.randrange(250)
+                        stream.fill(row, want)
+                stream.synchronize(20)
+                assert (row.copy_to_host(stream) == want).all()
+                statistics = stream.statistics()
+                assert balanced(statistics)
+                assert not statistics.in_flight
+        except BaseException as error:
+            wrong.append(error)
+
+    with crowded.allocate((5, 32), np.uint8) as memory:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong
