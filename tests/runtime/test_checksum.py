@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
+import maia_rt
 from maia_rt import CopyPath
 from maia_rt.contract.commands import Opcode
 from maia_rt.errors import DeviceFault, FaultCode, InvalidArgument
@@ -80,3 +81,46 @@ def test_threads_check_copies_on_one_stream(device, stream):
 def test_strided_memory_has_no_checksum(device, stream):
     with device.allocate((4, 4)) as buffer, pytest.raises(InvalidArgument, match="contiguous"):
         stream.copy(buffer[:, 0], bytes(4), checksum=True)
+
+
+def corrupt(device, *opcodes):
+    if not device.capabilities.injection:
+        pytest.skip("the device makes no faults on purpose; run this on the emulator")
+    device.inject(maia_rt.Injection("corrupt", opcodes=opcodes, seed=1))
+
+
+@pytest.mark.parametrize("size", [16, 5000, 700_000])
+def test_a_bit_that_turns_on_the_way_to_the_device_is_a_fault(device, stream, size):
+    with device.allocate(size) as buffer:
+        corrupt(device, "COPY" if size > 16 else "WRITE_IMM")
+        # The checksum of so few bytes travels as they do; whichever of the two is struck, they differ.
+        stream.copy(buffer, bytes(size), checksum=True)
+        with pytest.raises(DeviceFault, match="CHECKSUM") as caught:
+            stream.synchronize()
+        assert caught.value.code == FaultCode.CHECKSUM
+        assert stream.recover()
+        stream.copy(buffer, bytes(size), checksum=True)
+        assert not buffer.copy_to_host(stream).any()
+
+
+def test_a_bit_that_turns_between_buffers_is_a_fault(device, stream):
+    with device.upload(np.arange(5000, dtype=np.int16)) as one, device.allocate(5000, np.int16) as other:
+        corrupt(device, "COPY")
+        stream.copy(other, one)
+        stream.synchronize()
+        corrupt(device, "COPY")
+        stream.copy(other, one, checksum=True)
+        with pytest.raises(DeviceFault, match="CHECKSUM"):
+            stream.synchronize()
+        stream.recover()
+
+
+def test_a_bit_that_turns_on_the_way_to_the_host_is_raised_by_the_copy(device, stream):
+    with device.upload(np.arange(5000, dtype=np.int16)) as buffer:
+        found = np.empty(5000, np.int16)
+        corrupt(device, "COPY")
+        with pytest.raises(DeviceFault, match="arrived on the host") as caught:
+            stream.copy(found, buffer, checksum=True)
+        assert caught.value.code == FaultCode.CHECKSUM
+        stream.copy(found, buffer, checksum=True)
+        assert np.array_equal(found, np.arange(5000))
