@@ -241,6 +241,10 @@ class AdminQueue:
                     next_look, beat = now + LOOK_SECONDS, self._listen(beat, now)
                 if now > start + _SPIN_SECONDS:
                     self._sleep()
+            except DeviceLost:
+                # What it completed before it went is done.
+                if int(self._cq["sequence"][slot]) != expected:
+                    raise
             except KeyboardInterrupt as error:
                 interrupt = error
                 deadline = min(deadline, now + INTERRUPT_SECONDS)
