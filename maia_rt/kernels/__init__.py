@@ -2,6 +2,7 @@
 
 from maia_rt.kernels.attention import attention
 from maia_rt.kernels.builder import KernelBuilder
+from maia_rt.kernels.conversion import convert
 from maia_rt.kernels.elementwise import add, gelu
 from maia_rt.kernels.embedding import embedding
 from maia_rt.kernels.feed_forward import feed_forward, parts_of
@@ -18,6 +19,7 @@ __all__ = [
     "add",
     "add_norm",
     "attention",
+    "convert",
     "embedding",
     "feed_forward",
     "gelu",
