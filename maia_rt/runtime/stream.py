@@ -168,6 +168,8 @@ class Stream(Lane):
         require_plain(dst, "dst", writes=True)
         if dst.nbytes % width or dst.address % width:
             raise InvalidArgument(f"{dst.nbytes} bytes at {dst.address:#x} are not aligned to the pattern's {width}")
+        if type(value) is not int:
+            value = check.integer(value, "a pattern", -(1 << 31), (1 << 32) - 1)
         if not -(1 << 8 * width - 1) <= value < 1 << 8 * width:
             raise InvalidArgument(f"{value} does not fit into {width} bytes")
         if dst.nbytes:
@@ -271,6 +273,8 @@ class Stream(Lane):
         if self._capture is not None:
             self._capture.launch(kernel, *args, clusters=clusters)
             return
+        if type(kernel) is not Kernel:
+            check.instance(kernel, Kernel, "what is launched", "take it from a loaded program")
         words = kernel.encode(args)
         if kernel.program.device is not self.device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
@@ -302,7 +306,7 @@ class Stream(Lane):
             captured: Event = self._capture.record(event, timing)
             return captured
         self._require_open()
-        event = event or Event(self.device, timing)
+        event = Event(self.device, timing) if event is None else check.instance(event, Event, "what is recorded")
         if event.device is not self.device:
             raise InvalidArgument("the event belongs to another device")
         event._record(self)
