@@ -38,6 +38,6 @@ def test_every_public_name_is_in_the_reference(built):
         value = getattr(maia_rt, name)
         if inspect.isclass(value):
             wanted |= {f"{name}.{member}" for member, what in inspect.getmembers(value)
-                       if not member.startswith("_") and (getattr(what, "__module__", None) or "maia_rt").startswith("maia_rt")
-                       and (inspect.isfunction(what) or isinstance(what, property))}
+                       if not member.startswith("_") and (inspect.isfunction(what) or isinstance(what, property))
+                       and (getattr(what, "__module__", None) or "maia_rt").startswith("maia_rt")}
     assert not wanted - found
