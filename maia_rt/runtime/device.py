@@ -202,8 +202,8 @@ class Device:
         ...     try:
         ...         stream.synchronize()
         ...     except maia_rt.errors.DeviceFault as fault:
-        ...         print(fault.code.name)
-        ECC
+        ...         print(fault.code.name, len(stream.recover()))
+        ECC 1
         """
         self._require_open()
         if isinstance(injection, str):
