@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +161,11 @@ def test_a_process_that_runs_no_python_is_said_to_be_silent(attached):
         assert process.stdout.readline() == b"ready\n"
         assert live.ask(process.pid, {"call": "devices"})
         process.send_signal(19)
+        deadline = time.monotonic() + 10
+        # It stops a little later.
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
         with pytest.raises(TimeoutError):
             live.ask(process.pid, {"call": "devices"}, timeout=0.2)
         process.send_signal(18)
