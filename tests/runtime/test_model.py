@@ -58,7 +58,7 @@ class Track:
 
 
 class Programs(RuleBasedStateMachine):
-    """Streams, events, semaphores, copies, fills, launches and faults on a few buffers."""
+    """Streams, events, semaphores, copies, fills, launches, graphs and faults on a few buffers."""
 
     device: maia_rt.Device
     add: maia_rt.Kernel
@@ -74,6 +74,7 @@ class Programs(RuleBasedStateMachine):
         self.read = [{} for _ in self.memories]
         self.events = []
         self.semaphore = self.device.create_semaphore(self.start)
+        self.graphs = []
         self.signalled = 0
         self.signallers = defaultdict(int)
         for memory in range(len(self.memories)):
@@ -165,6 +166,33 @@ class Programs(RuleBasedStateMachine):
 
         self.command(track, (a, b), (c,), lambda: track.stream.launch(self.add, *(self.memories[m] for m in (a, b, c))),
                      effect)
+
+    @rule(at=streams, to=streams, values=st.lists(numbers, min_size=2, max_size=2), dst=memories,
+          src=memories, replays=st.integers(1, 3))
+    def replay(self, at, to, values, dst, src, replays):
+        """A graph captured from two streams, one of which forks off, and replayed."""
+        track, other = self.tracks[at], self.tracks[to]
+        if at == to or dst == src or track.failed or other.failed:
+            return
+        target, source = self.memories[dst], self.memories[src]
+        with track.stream.capture() as capture:
+            track.stream.fill(source, bits(values[0]), 4)
+            other.stream.wait(track.stream.record())
+            other.stream.copy(target[:ELEMENTS // 2], source[:ELEMENTS // 2])
+            track.stream.fill(target[ELEMENTS // 2:], bits(values[1]), 4)
+            track.stream.wait(other.stream.record())
+            track.stream.launch(self.add, source, target, target)
+
+        def effect():
+            self.model[src] = values[0]
+            self.model[dst, :ELEMENTS // 2] = values[0]
+            self.model[dst, ELEMENTS // 2:] = values[1]
+            self.model[dst] += self.model[src]
+
+        graph = capture.instantiate()
+        self.graphs.append(graph)
+        for _ in range(replays):
+            self.command(track, (src, dst), (src, dst), lambda: graph.launch(track.stream), effect)
 
     @rule(at=streams, timing=st.booleans())
     def record(self, at, timing):
@@ -273,6 +301,8 @@ class Programs(RuleBasedStateMachine):
         finally:
             for track in self.tracks:
                 track.stream.close()
+            for graph in self.graphs:
+                graph.close()
             for memory in self.memories:
                 memory.close()
             self.semaphore.close()
@@ -286,5 +316,5 @@ def test_random_programs_do_what_a_sequential_model_does(request, queues, first_
     with device.load(image) as loaded:
         machine = type("Programs", (Programs,), {"device": device, "add": loaded["add"], "start": first_index})
         run_state_machine_as_test(seed(SEED)(machine), settings=settings(
-            max_examples=max(SEQUENCES // VARIANTS, 1), stateful_step_count=20, deadline=None, database=None, print_blob=True,
-            suppress_health_check=list(HealthCheck)))
+            max_examples=max(SEQUENCES // VARIANTS, 1), stateful_step_count=20, deadline=None, database=None,
+            print_blob=True, suppress_health_check=list(HealthCheck)))
