@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from maia_rt.observe import live
+from tests.helpers.emulator import eventually
 from tests.tools.conftest import ENVIRONMENT
 
 PROLOGUE = """
@@ -117,6 +119,8 @@ def test_every_process_is_asked_where_none_is_named(run_maia, start):
 def test_a_process_that_cannot_run_python_is_said_not_to_answer_with_code_6(run_maia, start):
     process = start("block(streams[0], 1000); print('ready', flush=True); streams[0].synchronize(60)")
     process.send_signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{process.pid}/stat")
+    assert eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
     done = run_maia("hang", "--timeout", "0.2", process.pid)
     assert done.returncode == 6
     assert f"process {process.pid} does not answer within 0.2 s" in done.stderr
