@@ -120,16 +120,17 @@ class GraphBuilder:
         self._root._children.append(graph)
         return node
 
-    def loop(self, count: int | None = None, *, while_: Memory | None = None, value: int = 0, condition: str = "ne",
-             mask: int = WORD, after: Iterable[GraphNode] = ()) -> Body:
+    def loop(self, count: int | None = None, *, while_: Memory | Semaphore | None = None, value: int = 0,
+             condition: str = "ne", mask: int = WORD, after: Iterable[GraphNode] = ()) -> Body:
         """Repeat a body: ``with builder.loop(10) as body: body.copy(...)``.
 
         Parameters
         ----------
         count : int
             How often, at least once.
-        while_ : Buffer or HostBuffer
-            Instead: as long as the 32-bit word at its start meets the condition, which is looked at before each turn.
+        while_ : Buffer, HostBuffer or Semaphore
+            Instead: as long as the 32-bit word at its start, or the semaphore, meets the condition, which is looked at
+            before each turn.
         value, condition, mask
             The condition, as for :meth:`wait_value`; by default, as long as the word is not 0.
         after : iterable of GraphNode
@@ -145,9 +146,12 @@ class GraphBuilder:
             return self._open(LoopOperation(self.device, count or 0), after)
         return self._open(LoopOperation(self.device, 0, while_, value, condition, mask), after)
 
-    def condition(self, memory: Memory, value: int = 0, *, condition: str = "ne", mask: int = WORD,
+    def condition(self, memory: Memory | Semaphore, value: int = 0, *, condition: str = "ne", mask: int = WORD,
                   after: Iterable[GraphNode] = ()) -> Body:
-        """Run a body only where a 32-bit word meets a condition: ``with builder.condition(flag) as body: ...``."""
+        """Run a body only where a 32-bit word or a semaphore meets a condition.
+
+        ``with builder.condition(flag) as body: ...``; parameters as for :meth:`loop`.
+        """
         return self._open(ConditionOperation(self.device, memory, value, condition, mask), after)
 
     def instantiate(self) -> Graph:

@@ -279,11 +279,11 @@ class _Reader:
             return take[do]()
         if do not in ("loop", "condition"):
             raise InvalidArgument(f"there is no {do!r:.40} in this driver")
-        memory = None if row.get("memory") is None else self._memory(row, "memory")
+        memory = None if row.get("memory") is None else self._source(row)
         given = {"value": _field(row, "value", int), "condition": _field(row, "condition", str),
                  "mask": _field(row, "mask", int)}
         if do == "condition":
-            body = builder.condition(self._memory(row, "memory"), after=after, **given)
+            body = builder.condition(self._source(row), after=after, **given)
         elif memory is None:
             body = builder.loop(_field(row, "count", int), after=after)
         else:
@@ -307,6 +307,13 @@ class _Reader:
     def _semaphore(self, row: dict[str, Any]) -> Semaphore:
         found: Semaphore = _at(self._semaphores, _field(row, "semaphore", dict).get("semaphore"), "a semaphore")
         return found
+
+    def _source(self, row: dict[str, Any]) -> Memory | Semaphore:
+        """What a condition looks at."""
+        found = _field(row, "memory", dict)
+        if "semaphore" in found:
+            return self._semaphore({"semaphore": found})
+        return self._view(found)
 
     def _memory(self, row: dict[str, Any], name: str) -> Memory:
         return self._view(_field(row, name, dict))

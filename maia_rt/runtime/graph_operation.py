@@ -317,10 +317,10 @@ class SemaphoreWaitOperation(Operation):
 
 @dataclass(frozen=True, eq=False)
 class LoopOperation(Operation):
-    """Its body, so many times, or as long as a word meets a condition."""
+    """Its body, so many times, or as long as a word or semaphore meets a condition."""
 
     count: int = 0
-    memory: Memory | None = None
+    memory: Memory | Semaphore | None = None
     value: int = 0
     condition: str = "ne"
     mask: int = WORD
@@ -330,8 +330,12 @@ class LoopOperation(Operation):
         if self.memory is None:
             check.integer(self.count, "the count of a loop", 1, WORD)
         else:
-            self._word(self.memory)
+            _check_source(self, self.memory)
             _check_condition(self.value, self.condition, self.mask)
+
+    def _require_open(self) -> None:
+        if isinstance(self.memory, Semaphore):
+            self.memory._require_open()
 
     def changed(self, **changes: Any) -> Operation:
         """A loop keeps its kind: with a count, or with a condition."""
@@ -342,7 +346,7 @@ class LoopOperation(Operation):
         return super().changed(**changes)
 
     def _uses(self) -> list[tuple[str, Memory]]:
-        return [] if self.memory is None else [("while_", self.memory)]
+        return [("while_", self.memory)] if isinstance(self.memory, Memory) else []
 
     @property
     def _text(self) -> str:
@@ -351,30 +355,35 @@ class LoopOperation(Operation):
 
 @dataclass(frozen=True, eq=False)
 class ConditionOperation(Operation):
-    """Its body, where a word meets a condition."""
+    """Its body, where a word or semaphore meets a condition."""
 
-    memory: Memory
+    memory: Memory | Semaphore
     value: int = 0
     condition: str = "ne"
     mask: int = WORD
 
     def __post_init__(self) -> None:
         _require_branch(self.device)
-        self._word(self.memory)
+        _check_source(self, self.memory)
         _check_condition(self.value, self.condition, self.mask)
 
+    def _require_open(self) -> None:
+        if isinstance(self.memory, Semaphore):
+            self.memory._require_open()
+
     def _uses(self) -> list[tuple[str, Memory]]:
-        return [("memory", self.memory)]
+        return [("memory", self.memory)] if isinstance(self.memory, Memory) else []
 
     @property
     def _text(self) -> str:
         return f"if {self.condition} {self.value}"
 
 
-def branch(memory: Memory, value: int, mask: int, condition: str, target: int) -> Listed:
-    """A BRANCH on a word."""
-    return Listed(Opcode.BRANCH, 0, (memory.address, value | mask << 32,
-                                     target | CONDITIONS[condition] << 32 | BranchSource.MEMORY << 48))
+def branch(at: Memory | Semaphore, value: int, mask: int, condition: str, target: int) -> Listed:
+    """A BRANCH on a word or a semaphore."""
+    where, source = (at.index, BranchSource.SEMAPHORE) if isinstance(at, Semaphore) else (
+        at.address, BranchSource.MEMORY)
+    return Listed(Opcode.BRANCH, 0, (where, value | mask << 32, target | CONDITIONS[condition] << 32 | source << 48))
 
 
 def jump(target: int) -> Listed:
@@ -396,6 +405,13 @@ def _check_semaphore(device: Device, semaphore: Any, op: Any, ops: Mapping[str, 
     semaphore._require_open()
     if not isinstance(op, str) or op not in ops:
         raise InvalidArgument(f"an operation is one of {', '.join(map(repr, ops))}, not {op!r:.40}")
+
+
+def _check_source(operation: Operation, source: Any) -> None:
+    if isinstance(source, Semaphore):
+        _check_semaphore(operation.device, source, "ge", WAITS)
+    else:
+        operation._word(source)
 
 
 def _require_branch(device: Device) -> None:

@@ -137,6 +137,7 @@ class Semaphore:
         """Give it back; idempotent. It is dealt out again when the commands submitted so far are done."""
         if not self._closed:
             self._closed = True
+            self.device._addresses.closings += 1  # graphs look at theirs again
             self._give_back(self.index)
 
     def _reached(self, value: int, op: str) -> bool:

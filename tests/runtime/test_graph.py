@@ -345,3 +345,36 @@ def test_a_graph_ends_with_its_device_and_with_a_reset(embedded):
         assert graph.closed
         with embedded.create_stream() as stream, pytest.raises(ClosedError):
             graph.launch(stream)
+
+
+def test_conditions_and_loops_look_at_semaphores_and_go_through_files(device, stream, tmp_path):
+    with device.create_semaphore() as flag, device.create_semaphore(3) as left, device.allocate_host(2, np.uint32) as x:
+        builder = device.create_graph()
+        with builder.condition(flag, 5, condition="eq") as body:
+            body.write_value(x, 77)
+        with builder.loop(while_=left, after=[body.node]) as turn:
+            # One less each time, modulo 2^32: an ADD adds at most 2^31 - 1.
+            half = turn.signal(left, (1 << 31) - 1)
+            turn.signal(left, (1 << 31) - 1, after=[turn.signal(left, 1, after=[half])])
+            turn.write_value(x[1:], 9)
+        graph = builder.instantiate()
+        graph.save(tmp_path / "graph", {"x": x})
+        loaded = device.load_graph(tmp_path / "graph", {"x": x}, [flag, left])
+        for each in (graph, loaded):
+            x.array[:] = 0
+            flag.set(4)
+            left.set(3)
+            each.launch(stream)
+            stream.synchronize(10)
+            assert (list(x.array), left.value) == ([0, 9], 0)
+            flag.set(5)
+            each.launch(stream)
+            stream.synchronize(10)
+            assert list(x.array) == [77, 9]
+        flag.close()
+        with pytest.raises(ClosedError):
+            graph.launch(stream)
+        with pytest.raises(ClosedError):
+            builder.condition(flag)
+        graph.close()
+        loaded.close()
