@@ -238,9 +238,9 @@ def test_threads_share_a_pool(device, pool):
 
 def test_wrong_calls_are_refused(device, stream, pool, other_device):
     with other_device.create_pool() as foreign, other_device.create_stream() as elsewhere:
-        with pytest.raises(InvalidType):
+        with pytest.raises(InvalidArgument, match="another device"):
             stream.allocate(10, pool=foreign)
-        with pytest.raises(InvalidType):
+        with pytest.raises(InvalidArgument, match="another device"):
             pool.allocate(elsewhere, 10)
         buffer = elsewhere.allocate(10, pool=foreign)
         with pytest.raises(InvalidArgument, match="another device"):

@@ -17,6 +17,7 @@ def numbers(*shape, dtype=np.int32):
     return np.arange(np.prod(shape), dtype=dtype).reshape(shape)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_indexing_is_numpys(data):
     array = np.empty(data.draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6)), np.int16)
@@ -31,6 +32,7 @@ def test_indexing_is_numpys(data):
             s for s, n in zip(found.strides, shape, strict=True) if n > 1]
 
 
+@settings(deadline=None)
 @given(hnp.array_shapes(max_dims=5, max_side=7), st.integers(1, 9), st.integers(1, 200))
 def test_pieces_cover_an_array_once(shape, size, most):
     seen = np.zeros(shape, int)
