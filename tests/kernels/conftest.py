@@ -21,6 +21,7 @@ def device() -> Iterator[maia_rt.Device]:
     """One emulated device for every kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        patch.setenv("MAIA_LIVE", "0")  # it stays open through tests of what a process without devices has
         opened = maia_rt.open("emulated")
     with opened:
         yield opened

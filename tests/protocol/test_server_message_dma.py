@@ -40,6 +40,8 @@ from helpers.raw_client import (
     irq_set,
 )
 
+from maia_rt.contract.commands import CONTRACT_MAJOR, CONTRACT_MINOR
+
 SILENT = 0x4000_0000
 """Where memory lies whose client does not answer."""
 
@@ -71,7 +73,7 @@ def test_write_has_address_count_and_data(driver):
     request = ask(driver)
     assert struct.unpack_from("<QQ", request.body) == (SILENT, 512)
     assert len(request.body) == 16 + 512
-    assert request.body[16:20] == b"\1\0\0\0"
+    assert request.body[16:20] == struct.pack("<HH", CONTRACT_MAJOR, CONTRACT_MINOR)
     answer(driver, request)
     assert driver.wait(driver.tail - 1)[1] == OK
 

@@ -102,8 +102,7 @@ def test_a_delay_makes_a_command_start_later(device, streams):
 def test_a_launch_that_hangs_is_an_engine_hang_after_the_watchdogs_time(device, streams):
     stream = streams[0]
     device._firmware.set_feature(Feature.WATCHDOG_MS, 50)
-    with device.load(tiny_image()) as program:
-        x = device.upload(np.ones(1000, np.float32))
+    with device.load(tiny_image()) as program, device.upload(np.ones(1000, np.float32)) as x:
         device.inject("hang:opcodes=LAUNCH")
         stream.launch(program["axpy"], x, x, x, 1.0)
         with pytest.raises(DeviceFault) as caught:

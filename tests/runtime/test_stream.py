@@ -18,6 +18,7 @@ from maia_rt.errors import (
     InvalidArgument,
     QueueFull,
 )
+from tests.helpers.emulator import eventually
 
 FREE_SEMAPHORE = 1000
 """One that no queue mirrors into."""
@@ -419,6 +420,7 @@ def test_a_command_can_be_aborted(attached, first_index):
     with pytest.raises(DeviceFault, match="ABORTED"):
         stream.synchronize()
     stream.recover()
+    assert eventually(lambda: stream.queue.ring.poll() == stream.queue.ring.head)
     with pytest.raises(InvalidArgument, match="ABORT was refused: NOT_FOUND"):
         attached._firmware.abort(stream.queue.id, first_index + 1)
     stream.close()
