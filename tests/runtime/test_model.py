@@ -83,13 +83,15 @@ class Programs(RuleBasedStateMachine):
     # --- what keeps a program free of races --------------------------------------------------------------------------
 
     def touch(self, track, reads, writes):
-        """Wait for whatever else has used the memory, and note this use."""
+        """Wait for whatever else has used the memory, and note this use: none where the stream has failed."""
         for memory, before in [*((m, self.written[m]) for m in reads), *((m, self.written[m]) for m in writes),
                                *((m, self.read[m]) for m in writes)]:
             for other, moment in before.items():
                 if other != track.number and track.clock[other] < moment:
                     self.await_other(track, self.tracks[other])
             del memory
+        if track.failed:
+            return
         moment = track.step()
         for memory in writes:
             self.written[memory], self.read[memory] = {track.number: moment}, {}
@@ -97,13 +99,23 @@ class Programs(RuleBasedStateMachine):
             self.read[memory][track.number] = moment
 
     def await_other(self, track, other):
+        if other.failed:  # no event of it says when what stood before its fault is done
+            with pytest.raises(DeviceFault):
+                other.stream.synchronize(SECONDS)
+            self.order(track, other.clock)
+            return
         event = self.attempt(other, other.stream.record)
         if event is not None:
             try:
                 self.attempt(track, lambda: track.stream.wait(event))
             except OutOfQueues:  # it stands behind a wait for a semaphore, and one queue must stay open to all
                 self.attempt(other, lambda: event.synchronize(SECONDS))
-        self.join(track.clock, other.clock)
+        self.order(track, other.clock)
+
+    def order(self, track, clock):
+        """A stream goes on after all that; one that has failed does not go on."""
+        if not track.failed:
+            self.join(track.clock, clock)
 
     def join(self, clock, other):
         for number, moment in other.items():
@@ -215,7 +227,7 @@ class Programs(RuleBasedStateMachine):
             self.attempt(other, lambda: other.stream.wait(self.semaphore, value))
         except OutOfQueues:  # somebody else waits so, and one queue must stay open to all
             return
-        self.join(other.clock, self.signallers)
+        self.order(other, self.signallers)
 
     @precondition(lambda self: self.events)
     @rule(at=streams, which=st.integers(0))
@@ -228,7 +240,7 @@ class Programs(RuleBasedStateMachine):
             self.attempt(track, lambda: track.stream.wait(event))
         except OutOfQueues:
             return
-        self.join(track.clock, clock)
+        self.order(track, clock)
 
     @precondition(lambda self: self.events)
     @rule(which=st.integers(0))

@@ -56,6 +56,7 @@ class World:
         self.builder = device.create_graph()
         self.builder.fill(self.third, 0)
         self.graph = self.builder.instantiate()
+        self.graph.launch(self.stream)
         self.event, self.others_event = self.stream.record(timing=True), self.others_stream.record()
         self.stream.synchronize()
 
