@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from maia_emulator.memory cimport KIND_BAD_CONTEXT, KIND_MESSAGE, DeviceMemory, context_t, traffic_t
+from maia_emulator.memory cimport KIND_BAD_CONTEXT, KIND_MESSAGE, KIND_PEER, DeviceMemory, context_t, traffic_t
 from maia_emulator.support cimport add32, store32
 from maia_rt._fast.commands cimport (
     BRANCH_MEMORY,
@@ -286,4 +286,6 @@ cdef uint32_t signal(DeviceMemory memory, signal_remote_command_t *command, cont
         store32(<uint32_t *> at, command.value)
     else:
         add32(<uint32_t *> at, command.value)
+    if kind == KIND_PEER:
+        memory.dma.ring(command.address)
     return FAULT_NONE

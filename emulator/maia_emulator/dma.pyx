@@ -15,6 +15,10 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memmove
 
+from maia_emulator.bells import recognise
+
+from maia_emulator.bells cimport ring as ring_bell
+from maia_emulator.bells cimport BELL_BYTES, PART_DOORBELLS, bell_t
 from maia_emulator.support cimport pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock
 
 cdef extern from *:
@@ -90,8 +94,9 @@ cdef extern from *:
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
     int munmap(void *address, size_t size)
+    int madvise(void *address, size_t size, int advice)
     void *MAP_FAILED
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE, MADV_HUGEPAGE
 
 from libc.errno cimport EACCES
 from libc.errno cimport errno as c_errno
@@ -167,6 +172,7 @@ cdef class DmaTable:
             self.mappings[at].file = file
             self.count += 1
             self.generation += 1
+            self.tie_bells()
             pthread_rwlock_unlock(&self.lock)
 
     def unmap(self, uint64_t iova, uint64_t size):
@@ -205,6 +211,7 @@ cdef class DmaTable:
             memmove(&self.mappings[first], &self.mappings[end], (self.count - end) * sizeof(mapping_t))
             self.count -= end - first
             self.generation += 1
+            self.tie_bells()
             pthread_rwlock_unlock(&self.lock)
         return bytes_removed
 
@@ -217,6 +224,7 @@ cdef class DmaTable:
                 self.drop(self.mappings[i].file)
             self.count = 0
             self.generation += 1
+            self.tie_bells()
             pthread_rwlock_unlock(&self.lock)
 
     def enable(self, bint enabled):
@@ -241,13 +249,15 @@ cdef class DmaTable:
     cdef int find(self, uint64_t address, uint32_t access, char **memory, uint64_t *size) noexcept nogil:
         """Where an address lies, and how far its memory goes on without a gap, up to ``size``.
 
-        The caller holds ``lock``. Returns 0; 1 for memory reached by messages only (``memory`` is NULL); -1 where
-        nothing is mapped with this access, or the function may not do DMA.
+        The caller holds ``lock``. Returns 0; 1 for memory reached by messages only (``memory`` is NULL); 2 for a
+        device's, which is told of stores by `ring`; -1 where nothing is mapped with this access, or the function may
+        not do DMA.
         """
         cdef size_t at = self.position(address)
         cdef mapping_t *m
         cdef uint64_t length
         cdef char *end
+        cdef int file
         if not self.enabled:
             return -1
         if at == self.count or self.mappings[at].iova != address:
@@ -263,16 +273,49 @@ cdef class DmaTable:
             size[0] = min(length, size[0])
             return 1
         memory[0] = m.memory + (address - m.iova)
+        file = m.file
         end = m.memory + m.size
         while length < size[0] and at + 1 < self.count:
             at += 1
             m = &self.mappings[at]
-            if m.iova != address + length or m.memory != end or (m.access & access) != access:
+            if (m.iova != address + length or m.memory != end or (m.access & access) != access
+                    or m.file != file):
                 break
             length += m.size
             end += m.size
         size[0] = min(length, size[0])
-        return 0
+        return 2 if self.files[file].part else 0
+
+    cdef void ring(self, uint64_t address) noexcept nogil:
+        """Tell the device whose memory has just been written at an address. The caller holds ``lock``."""
+        cdef size_t at = self.position(address)
+        cdef file_t *file
+        if at == self.count or self.mappings[at].iova != address:
+            at -= 1
+        file = &self.files[self.mappings[at].file]
+        if file.bell != NULL:
+            ring_bell(file.bell, file.part)
+
+    cdef void tie_bells(self) noexcept nogil:
+        """Find the bell of each file that is part of a device. The caller holds ``lock`` for writing."""
+        cdef int i, j
+        cdef bell_t *own
+        cdef bell_t *bell
+        self.peers = 0
+        for i in range(self.file_count):
+            if self.files[i].references == 0 or self.files[i].part == 0:
+                continue
+            self.peers += 1
+            self.files[i].bell = NULL
+            own = bell_of(&self.files[i])
+            for j in range(self.file_count):
+                if (self.files[j].references == 0 or self.files[j].part != PART_DOORBELLS
+                        or not self.files[j].writable):
+                    continue
+                bell = bell_of(&self.files[j])
+                if bell.id[0] == own.id[0] and bell.id[1] == own.id[1]:
+                    self.files[i].bell = bell
+                    break
 
     cdef int open_file(self, int fd, uint64_t offset, uint64_t size, bint write) except -1:
         """The index of the mmap that covers a file's range, shared with earlier mappings of the same file."""
@@ -281,6 +324,7 @@ cdef class DmaTable:
         cdef file_t *grown
         cdef bint writable = True
         cdef uint64_t length, start
+        cdef uint32_t part
         status = os.fstat(fd)
         regular = stat.S_ISREG(status.st_mode)
         if offset + size < offset or (regular and offset + size > <uint64_t> status.st_size):
@@ -294,6 +338,7 @@ cdef class DmaTable:
                 self.files[i].references += 1
                 return i
         start, length = (0, status.st_size) if regular else (offset, size)
+        part = recognise(fd, length) if regular else 0
         base = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, start)
         if base == MAP_FAILED and c_errno == EACCES and not write:
             writable = False
@@ -304,20 +349,29 @@ cdef class DmaTable:
             munmap(base, length)
             raise OSError(errno.ENOSPC, "too many files behind DMA mappings")
         if slot < 0:
-            grown = <file_t *> realloc(self.files, (self.file_count + 1) * sizeof(file_t))
+            with nogil:
+                pthread_rwlock_wrlock(&self.lock)
+                grown = <file_t *> realloc(self.files, (self.file_count + 1) * sizeof(file_t))
+                if grown != NULL:
+                    self.files = grown
+                    slot = self.file_count
+                    self.files[slot].references = 0
+                    self.file_count += 1
+                pthread_rwlock_unlock(&self.lock)
             if grown == NULL:
                 unguard(base)
                 munmap(base, length)
                 raise MemoryError
-            self.files = grown
-            slot = self.file_count
-            self.file_count += 1
         self.files[slot].device = status.st_dev
         self.files[slot].inode = status.st_ino if regular else 0
         self.files[slot].base = <char *> base
         self.files[slot].size = length
         self.files[slot].references = 1
         self.files[slot].writable = writable
+        self.files[slot].part = part
+        self.files[slot].bell = NULL
+        if part:
+            madvise(base, length, MADV_HUGEPAGE)
         return slot
 
     cdef void drop(self, int file) noexcept nogil:
@@ -327,3 +381,8 @@ cdef class DmaTable:
         if self.files[file].references == 0:
             unguard(self.files[file].base)
             munmap(self.files[file].base, self.files[file].size)
+
+
+cdef inline bell_t *bell_of(file_t *file) noexcept nogil:
+    """The page that ends the file of a device's BAR."""
+    return <bell_t *> (file.base + file.size - <uint64_t> BELL_BYTES)

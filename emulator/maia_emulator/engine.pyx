@@ -10,12 +10,14 @@ import threading
 import numpy as np
 
 from maia_emulator import logs
+from maia_emulator.bells import imprint
 from maia_rt.contract.commands import COUNTERS, CREATE_QUEUE, AdminStatus, Feature
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from maia_emulator.bells cimport BELL_BYTES, PART_DOORBELLS
 from maia_emulator.injections cimport armed_t, trip
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
@@ -115,18 +117,20 @@ cdef class Engine:
         self.semaphore_window_offset = max_queues * DOORBELL_PAGE
         self.bar2_bytes = 1 << (self.semaphore_window_offset + 4 * semaphores - 1).bit_length()
         self.bar2_fd = os.memfd_create("maia-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.bar2_fd, self.bar2_bytes)
-        memory = mmap(NULL, self.bar2_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, self.bar2_fd, 0)
+        os.ftruncate(self.bar2_fd, self.bar2_bytes + BELL_BYTES)
+        id = os.urandom(16)
+        imprint(self.bar2_fd, self.bar2_bytes, PART_DOORBELLS, id)
+        memory = mmap(NULL, self.bar2_bytes + BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, self.bar2_fd, 0)
         if memory == MAP_FAILED:
             raise MemoryError("BAR 2")
         self.bar2 = <char *> memory
         self.memory = DeviceMemory(clusters=clusters, tiles=clusters * tiles_per_cluster, tile_bytes=tile_sram_bytes,
-                                   cluster_bytes=cluster_sram_bytes, hbm_bytes=hbm_bytes)
+                                   cluster_bytes=cluster_sram_bytes, hbm_bytes=hbm_bytes, id=id)
         self.vectors = Vectors(vectors)
         self.tiles = Tiles(self.memory, workers, seed)
         self.front = FrontEnd(self.memory, self.tiles, self.vectors, max_queues=max_queues, semaphores=semaphores,
                               max_kernels=MAX_KERNELS, tiles_per_cluster=tiles_per_cluster, spin_us=spin_us,
-                              bar2_address=<size_t> self.bar2)
+                              bar2_address=<size_t> self.bar2, bell_address=<size_t> self.bar2 + self.bar2_bytes)
         self.front.counted_from = clock_ns()
         self.features = {}
         self.permanent = ()
@@ -135,7 +139,7 @@ cdef class Engine:
 
     def __dealloc__(self):
         if self.bar2 != NULL:
-            munmap(self.bar2, self.bar2_bytes)
+            munmap(self.bar2, self.bar2_bytes + BELL_BYTES)
         if self.bar2_fd >= 0:
             os.close(self.bar2_fd)
         free(self.contexts)
@@ -154,7 +158,9 @@ cdef class Engine:
         if self.thread is not None:
             self.clear()
             self.front.stop()
-            self.thread.join()
+            while self.thread.is_alive():
+                self.front.wake()       # again, for a client may have written into the bell
+                self.thread.join(0.1)
             self.thread = None
             self.tiles.end()
 
@@ -277,6 +283,11 @@ cdef class Engine:
     def gone(self):
         """Whether the device has been removed, as it were."""
         return self.front.gone
+
+    @property
+    def rings(self):
+        """How often the device was woken, or might have been; for tests."""
+        return load32(&self.front.bell.rings)
 
     # Memory -------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ cdef enum:
     KIND_HBM = 1
     KIND_SRAM = 2
     KIND_MESSAGE = 3
+    KIND_PEER = 4
     KIND_BAD_ADDRESS = -1
     KIND_BAD_CONTEXT = -2
 

@@ -10,7 +10,9 @@ class DeviceMemory:
     cluster_bytes: int
     tiles: int
     clusters: int
-    def __init__(self, *, clusters: int, tiles: int, tile_bytes: int, cluster_bytes: int, hbm_bytes: int) -> None: ...
+    def __init__(
+        self, *, clusters: int, tiles: int, tile_bytes: int, cluster_bytes: int, hbm_bytes: int, id: bytes
+    ) -> None: ...
     def set_messages(
         self, read: Callable[[int, int], bytes] | None, write: Callable[[int, bytes], None] | None
     ) -> None: ...

@@ -9,6 +9,9 @@ import os
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
 
+from maia_emulator.bells import imprint
+
+from maia_emulator.bells cimport BELL_BYTES, PART_HBM
 from maia_emulator.dma cimport DMA_READ, DMA_WRITE, DmaTable
 from maia_emulator.support cimport pthread_rwlock_rdlock, pthread_rwlock_unlock
 from maia_rt._fast.commands cimport FAULT_ADDRESS, FAULT_CONTEXT
@@ -49,7 +52,7 @@ cdef class DeviceMemory:
     """HBM, SRAM and the client's memory."""
 
     def __cinit__(self, *, uint32_t clusters, uint32_t tiles, uint32_t tile_bytes, uint32_t cluster_bytes,
-                  uint64_t hbm_bytes):
+                  uint64_t hbm_bytes, bytes id not None):
         cdef void *memory
         self.dma = DmaTable()
         self.tiles, self.clusters = tiles, clusters
@@ -57,7 +60,9 @@ cdef class DeviceMemory:
         self.hbm_fd = -1
         self.hbm_fd = os.memfd_create("maia-hbm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         # BAR 4 is a power of two; the part above HBM is there for nobody to use.
-        os.ftruncate(self.hbm_fd, 1 << (hbm_bytes - 1).bit_length())
+        size = 1 << (hbm_bytes - 1).bit_length()
+        os.ftruncate(self.hbm_fd, size + BELL_BYTES)
+        imprint(self.hbm_fd, size, PART_HBM, id)
         memory = mmap(NULL, hbm_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, self.hbm_fd, 0)
         if memory == MAP_FAILED:
             raise MemoryError(f"{hbm_bytes} bytes of address space for HBM")
@@ -135,7 +140,9 @@ cdef class DeviceMemory:
         cdef int i, found
         if window == 0:
             found = self.dma.find(address, DMA_WRITE if write else DMA_READ, at, size)
-            return KIND_HOST if found == 0 else KIND_MESSAGE if found == 1 else KIND_BAD_ADDRESS
+            if found == 0:
+                return KIND_HOST
+            return KIND_MESSAGE if found == 1 else KIND_PEER if found == 2 else KIND_BAD_ADDRESS
         if window == 1:
             offset = address - HBM_BASE
             if offset >= self.hbm_bytes:
@@ -224,6 +231,8 @@ cdef class DeviceMemory:
                 fault = self.by_message(address, buffer, length, write, traffic)
             elif write:
                 memcpy(at, buffer, length)
+                if kind == KIND_PEER:
+                    self.dma.ring(address)
             else:
                 memcpy(buffer, at, length)
             if fault:
@@ -260,12 +269,14 @@ cdef class DeviceMemory:
                     return fault
             else:
                 memmove(to, origin, length)
-            if source == KIND_HOST or source == KIND_MESSAGE:
-                if target == KIND_HOST or target == KIND_MESSAGE:
+                if target == KIND_PEER:
+                    self.dma.ring(dst)
+            if source == KIND_HOST or source == KIND_MESSAGE or source == KIND_PEER:
+                if target == KIND_HOST or target == KIND_MESSAGE or target == KIND_PEER:
                     traffic.host_to_host += length
                 else:
                     traffic.host_to_device += length
-            elif target == KIND_HOST or target == KIND_MESSAGE:
+            elif target == KIND_HOST or target == KIND_MESSAGE or target == KIND_PEER:
                 traffic.device_to_host += length
             else:
                 traffic.device_to_device += length

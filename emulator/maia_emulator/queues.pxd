@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from maia_emulator.bells cimport bell_t
 from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport DeviceMemory, traffic_t
@@ -43,7 +44,7 @@ cdef class FrontEnd:
     cdef uint32_t stopping
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
     cdef uint32_t sleep_number
-    cdef int wake_fd
+    cdef bell_t *bell
     cdef readonly Injections injections
     cdef bint injecting         # the next commands must be judged, or one is held
     cdef bint gone              # removed, as it were: nothing moves any more
@@ -59,7 +60,7 @@ cdef class FrontEnd:
     cdef fault_t *faults
     cdef uint64_t fault_count
     cdef uint32_t errors
-    cdef bint blocked           # a queue waits for a semaphore
+    cdef uint32_t blocked       # parts of this device (bells.pxd) that a queue waits for a store to
     cdef uint32_t launched      # launches in flight
     cdef uint32_t level         # priority of the queue that this round is at
     cdef uint32_t claims        # clusters that launches of that priority wait for

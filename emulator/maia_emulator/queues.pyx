@@ -6,12 +6,11 @@ long copies a piece a turn. When nothing moves for a while it sleeps until a doo
 wakes it.
 """
 
-import os
-
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from maia_emulator.bells cimport PART_DOORBELLS, PART_HBM, bell_t, doze, rouse
 from maia_emulator.commands cimport check_command, run_command
 from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
@@ -97,16 +96,7 @@ from maia_rt._fast.commands cimport (
 )
 from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-    short POLLIN
-
 cdef extern from "<unistd.h>" nogil:
-    ssize_t read(int fd, void *data, size_t size)
     int usleep(unsigned int microseconds)
 
 cdef enum:
@@ -158,12 +148,13 @@ cdef class FrontEnd:
 
     def __cinit__(self, DeviceMemory memory not None, Tiles tiles not None, Vectors vectors not None, *,
                   uint32_t max_queues, uint32_t semaphores, uint32_t max_kernels, uint32_t tiles_per_cluster,
-                  uint32_t spin_us, size_t bar2_address):
+                  uint32_t spin_us, size_t bar2_address, size_t bell_address):
         self.memory, self.tiles, self.vectors = memory, tiles, vectors
         self.max_queues, self.semaphore_count = max_queues, semaphores
         self.kernel_count, self.tiles_per_cluster = max_kernels + 1, tiles_per_cluster
         self.spin_ns = <uint64_t> spin_us * 1000
         self.bar2 = <char *> bar2_address
+        self.bell = <bell_t *> bell_address
         self.semaphores = <uint32_t *> (self.bar2 + <size_t> max_queues * 4096)
         self.queues = <queue_t *> calloc(max_queues, sizeof(queue_t))
         self.live = <uint32_t *> calloc(max_queues, sizeof(uint32_t))
@@ -175,8 +166,7 @@ cdef class FrontEnd:
                 or self.faults == NULL or self.writers == NULL):
             raise MemoryError
         self.injections = Injections(max_queues)
-        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        tiles.sleeping, tiles.wake_fd = &self.sleeping, self.wake_fd
+        tiles.sleeping, tiles.bell = &self.sleeping, self.bell
         pthread_mutex_init(&self.control, NULL)
 
     def __dealloc__(self):
@@ -187,8 +177,6 @@ cdef class FrontEnd:
         free(self.tile_busy)
         free(self.faults)
         pthread_mutex_destroy(&self.control)
-        if self.wake_fd > 0:
-            os.close(self.wake_fd)
 
     def run(self):
         """Serve the queues until `stop`; the body of the command processor's thread."""
@@ -202,7 +190,7 @@ cdef class FrontEnd:
 
     def wake(self):
         """Make a sleeping command processor look at its doorbells."""
-        os.eventfd_write(self.wake_fd, 1)
+        rouse(self.bell)
 
     cdef void take(self) noexcept nogil:
         """Take ``control`` from any thread but the command processor's."""
@@ -217,6 +205,7 @@ cdef class FrontEnd:
         cdef uint64_t idle_since = 0, now, limit
         cdef bint moved
         cdef int _i
+        cdef uint32_t looks = 0
         while not load32(&self.stopping):
             if self.trips:
                 self.announce()
@@ -232,6 +221,10 @@ cdef class FrontEnd:
             if moved:
                 idle_since = 0
                 continue
+            looks += 1
+            if self.memory.dma.peers and looks % 16 == 0:
+                # A peer that was woken is put on this very core now and then, to wait until we sleep.
+                sched_yield()
             if idle_since == 0:
                 idle_since = now
             # While tiles work, this thread's core is better spent on them.
@@ -253,7 +246,7 @@ cdef class FrontEnd:
         """One look at every queue; True where any of them moved."""
         cdef bint moved = False
         cdef uint32_t i
-        self.blocked = False
+        self.blocked = 0
         self.launched = 0
         self.claimed = self.claims = 0
         self.level = MAX_LEVEL
@@ -268,12 +261,12 @@ cdef class FrontEnd:
         return moved
 
     cdef void sleep(self) noexcept nogil:
-        cdef pollfd wait
-        cdef uint64_t count
-        cdef uint32_t i
+        cdef uint32_t i, seen = load32(&self.bell.rings)
         cdef bint moved
-        cdef int timeout
+        cdef int64_t limit
         pthread_mutex_lock(&self.control)
+        # What is waited for is known after the look below, too late for a peer that stores meanwhile.
+        store32(&self.bell.wants, PART_DOORBELLS | PART_HBM)
         # Each sleep has a number, so that drivers can tell it from the one that they have ended already.
         self.sleep_number = self.sleep_number + 1 or 1
         store32(&self.sleeping, self.sleep_number)
@@ -284,16 +277,15 @@ cdef class FrontEnd:
         # A doorbell rung before its writer could see the word is found here.
         self.now = clock_ns()
         moved = self.round()
+        store32(&self.bell.wants, self.blocked)
         pthread_mutex_unlock(&self.control)
         if not moved and not self.trips and not load32(&self.stopping):
-            # Semaphores may be written by a peer that cannot wake us; launches are watched for hangs.
-            timeout = 5 if self.blocked else self.watch_ms() if self.launched else -1
+            # What is waited for may be written by somebody who does not wake us; launches are watched for hangs.
+            limit = 5000000 if self.blocked else self.watch_ms() * <int64_t> 1000000 if self.launched else -1
             self.counters.sleeps += 1
-            wait.fd, wait.events = self.wake_fd, POLLIN
-            poll(&wait, 1, timeout)
-        if read(self.wake_fd, &count, 8) < 0:
-            pass                    # nobody woke us
+            doze(self.bell, seen, limit)
         pthread_mutex_lock(&self.control)
+        store32(&self.bell.wants, 0)
         store32(&self.sleeping, 0)
         for i in range(self.live_count):
             store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 0)
@@ -452,7 +444,7 @@ cdef class FrontEnd:
             if not self.may_start(q):
                 return BLOCKED
             if not self.semaphores_ready(&q.command):
-                self.blocked = True
+                self.blocked |= PART_DOORBELLS
                 return BLOCKED
             if self.injecting:
                 step = judge(self, q)
@@ -483,7 +475,7 @@ cdef class FrontEnd:
         if q.command.opcode == OPCODE_WAIT_VALUE:
             fault = wait_for_value(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
             if not finished and fault == FAULT_NONE:
-                self.blocked = True
+                self.blocked |= PART_HBM | PART_DOORBELLS
                 return BLOCKED
         elif q.command.opcode == OPCODE_BRANCH:
             fault = follow_branch(self.memory, q, self.semaphores, &self.traffic, &bad)

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from maia_emulator.bells cimport bell_t
 from maia_emulator.launch cimport kernel_t, launch_t, unit_t, worker_t
 from maia_emulator.memory cimport DeviceMemory, context_t
 from maia_emulator.support cimport pthread_cond_t, pthread_mutex_t
@@ -18,7 +19,7 @@ cdef class Tiles:
     cdef unit_t *tail
     cdef bint stopping
     cdef uint32_t *sleeping  # the front end's word: not 0 while it sleeps
-    cdef int wake_fd
+    cdef bell_t *bell
     cdef launch_t *prepare(self, kernel_t *kernel, uint32_t handle, context_t *context, const uint64_t *args,
                            const uint32_t *physical, uint32_t *status, uint64_t *bad) noexcept nogil
     cdef void start(self, launch_t *launch) noexcept nogil

@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from maia_emulator.bells cimport rouse
 from maia_emulator.launch cimport kernel_t, launch_t, unit_t, worker_t
 from maia_emulator.macro_ops cimport run_op
 from maia_emulator.memory cimport KIND_HBM, KIND_SRAM, DeviceMemory, context_t
@@ -42,9 +43,6 @@ from maia_rt._fast.commands cimport (
     SHARED_SEMAPHORE,
     op_t,
 )
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int fd, const void *data, size_t size)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
@@ -78,7 +76,6 @@ cdef class Tiles:
         self.workers = min(workers or len(os.sched_getaffinity(0)), <int> memory.tiles, <int> MAX_WORKERS)
         self.seed = seed
         self.threads = []
-        self.wake_fd = -1
         self.worker = <worker_t *> calloc(self.workers, sizeof(worker_t))
         if self.worker == NULL:
             raise MemoryError
@@ -219,7 +216,6 @@ cdef class Tiles:
     cdef void loop(self, worker_t *worker) noexcept nogil:
         cdef unit_t *unit
         cdef launch_t *launch
-        cdef uint64_t one = 1
         pthread_mutex_lock(&self.mutex)
         while not self.stopping:
             unit = self.head
@@ -237,8 +233,8 @@ cdef class Tiles:
                     store32(&launch.done, 1)
                     # The front end may free the launch from here on.
                     full_fence()
-                    if load32(self.sleeping) and write(self.wake_fd, &one, 8) < 0:
-                        pass
+                    if load32(self.sleeping):
+                        rouse(self.bell)
                 pthread_mutex_lock(&self.mutex)
                 continue
             # Every engine of this tile waits for another tile.

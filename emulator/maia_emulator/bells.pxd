@@ -1,0 +1,20 @@
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+cdef enum:
+    BELL_BYTES = 4096       # of each file, behind its BAR
+
+cdef enum:                  # bell_t.part, and what a sleeper wants to hear of
+    PART_DOORBELLS = 1      # BAR 2: a queue waits for a semaphore
+    PART_HBM = 2            # BAR 4: a queue waits for a value in memory
+
+cdef struct bell_t:         # page aligned, zero but for what is said
+    uint64_t magic
+    uint64_t id[2]          # the device: the same behind both of its BARs
+    uint32_t part
+    uint32_t padding[9]
+    uint32_t rings          # the futex
+    uint32_t wants          # sum of parts whose writer shall ring; 0 while awake
+
+cdef void ring(bell_t *bell, uint32_t part) noexcept nogil
+cdef void rouse(bell_t *bell) noexcept nogil
+cdef void doze(bell_t *bell, uint32_t seen, int64_t limit_ns) noexcept nogil
