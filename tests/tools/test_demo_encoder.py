@@ -1,6 +1,7 @@
 """The sentence encoder: every multiply-add on the device, none in the client; batches; tokens; the numpy versions."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -37,7 +38,14 @@ def encoder(parameters):
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
         device = maia_rt.open("emulated")
     with device, MiniLM(device, parameters) as made:
-        # Pinned pools grow at the first use: before anybody counts maps.
+        # Pinned pools grow at the first use, a queue's first sleeper makes an eventfd: before anybody counts them.
+        with device.create_semaphore() as semaphore:
+            for value, lane in enumerate(made._lanes, 1):
+                lane.stream.wait(semaphore, value)
+                timer = threading.Timer(0.2, semaphore.set, (value,))
+                timer.start()
+                lane.stream.synchronize()
+                timer.join()
         made.encode(batches([Sentence("", np.full(256, 5, np.int32), False)] * 20))
         device.upload(np.zeros(8 << 20, np.uint8)).close()
         for _ in similarities(device, np.zeros((700, 384), np.float32)):

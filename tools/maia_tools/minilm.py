@@ -1,37 +1,39 @@
-"""The sentence encoder on a device: weights stay there, batches stream through, one wait at the end."""
+"""The sentence encoder on a device: weights stay there, batches run side by side, one wait at the end."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maia_rt.contract import program as program_image
-from maia_rt.contract.program import NUMPY_DTYPES
 from maia_rt.errors import MaiaError
 from maia_tools import minilm_plan
 from maia_tools.batches import Batch
+from maia_tools.minilm_lane import Lane, places
 from maia_tools.minilm_plan import Plan
 from maia_tools.weights import Weights
 
 if TYPE_CHECKING:
     import maia_rt
 
-ALIGNMENT = 256
-"""Bytes between the starts of arrays in one buffer; kernels ask for 64."""
+LANES = 2
+"""Parts of the device, whole clusters each. While a launch ends on one, tiles of the other have work; each part loads
+the weights for its batches, so more parts would load them more often."""
 LOADED_SHAPES = 6
 """Batch shapes whose programs stay loaded; a device holds a limited number of kernels."""
 
 
 class MiniLM:
-    """The encoder on one device, through one stream.
+    """The encoder on one device, through a stream for each lane.
 
     Every tensor operation is a macro-operation of the device. The client pads token ids, writes masks of 0 and 1,
-    and submits.
+    and submits: three copies and a graph a batch.
 
     Parameters
     ----------
@@ -49,17 +51,21 @@ class MiniLM:
         self.device = device
         self.shape = weights.shape
         self._loaded: OrderedDict[tuple[int, int], tuple[Plan, maia_rt.Program]] = OrderedDict()
-        self._workspace: maia_rt.Buffer | None = None
         named = minilm_plan.parameters(weights)
-        offsets, nbytes = _offsets({name: array.nbytes for name, array in named.items()})
-        self._stream = device.create_stream()
+        offsets, nbytes = places({name: array.nbytes for name, array in named.items()})
+        found = device.capabilities
+        clusters = max(1, found.clusters // LANES)
+        self._capabilities = replace(found.program, tiles=clusters * found.tiles_per_cluster)
+        self._lanes = [Lane(device, ((1 << clusters) - 1) << i * clusters)
+                       for i in range(min(LANES, found.clusters))]
         self._weights = device.allocate(nbytes)
         self._parameters: dict[str, maia_rt.Buffer] = {}
+        stream = self._lanes[0].stream
         for name, array in named.items():
             view = self._weights.view(array.dtype, array.shape, offsets[name])
-            self._stream.copy(view, array)
+            stream.copy(view, array)
             self._parameters[name] = view
-        self._stream.synchronize()
+        stream.synchronize()
 
     def encode(self, batches: Sequence[Batch], advance: Callable[[int], object] | None = None) -> np.ndarray:
         """Embed sentences: submit every batch, then wait once.
@@ -80,9 +86,10 @@ class MiniLM:
         ------
         maia_rt.errors.DeviceFault, maia_rt.errors.DeviceLost, maia_rt.errors.DeviceTimeout
         """
-        hidden = self.shape.hidden
+        # The largest first: what is left at the end, for one lane alone, is small.
+        batches = sorted(batches, key=lambda batch: -batch.ids.size)
         count = sum(len(b.places) for b in batches)
-        found = np.zeros((count, hidden), np.float32)
+        found = np.zeros((count, self.shape.hidden), np.float32)
         if not batches:
             return found
         sent = [minilm_plan.inputs(b.ids) for b in batches]
@@ -92,55 +99,38 @@ class MiniLM:
             events = []
             at = row = 0
             for ids, batch in zip(sent, batches, strict=True):
+                start = at
                 for array in (ids, batch.mask):
                     given.array[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
                     at += array.nbytes
                 end = row + len(batch.places)
-                self._submit(batch, given[at - ids.nbytes - batch.mask.nbytes : at], taken[row:end])
-                events.append((self._stream.record(), len(batch.places)))
+                lane = min(self._lanes, key=lambda lane: lane.tokens)
+                plan, program = self._program(batch.shape)
+                lane.submit(batch.shape, plan, program, self._parameters, given[start:at], taken[row:end])
+                events.append((lane.stream.record(), len(batch.places)))
                 row = end
-            if advance is not None:
-                for event, sentences in events:
-                    event.synchronize()
+            for event, sentences in events:
+                event.synchronize()
+                if advance is not None:
                     advance(sentences)
-            self._stream.synchronize()
+            for lane in self._lanes:
+                lane.tokens = 0
             found[[place for b in batches for place in b.places]] = taken.array
         return found
-
-    def _submit(self, batch: Batch, given: maia_rt.HostBuffer, taken: maia_rt.HostBuffer) -> None:
-        """Inputs in, every launch, embeddings out."""
-        plan, program = self._program(batch.shape)
-        buffers: dict[str, maia_rt.Buffer] = {**self._parameters, **self._buffers(plan)}
-        ids = buffers["ids"].nbytes
-        stream = self._stream
-        stream.copy(buffers["ids"], given[:ids])
-        stream.copy(buffers["mask"], given[ids:])
-        for launch in plan.launches:
-            stream.launch(program[launch.kernel], *(buffers[name] for name in launch.buffers))
-        stream.copy(taken, buffers["embeddings"])
 
     def _program(self, shape: tuple[int, int]) -> tuple[Plan, maia_rt.Program]:
         """The plan for a batch shape and its program, loaded; the one unused longest makes room."""
         held = self._loaded.get(shape)
         if held is None:
             while len(self._loaded) >= LOADED_SHAPES:
-                self._loaded.popitem(last=False)[1][1].close()
-            plan = minilm_plan.plan(self.shape, self.device.capabilities.program, *shape)
+                old, (_, program) = self._loaded.popitem(last=False)
+                for lane in self._lanes:
+                    lane.forget(old)
+                program.close()
+            plan = minilm_plan.plan(self.shape, self._capabilities, *shape)
             held = self._loaded[shape] = plan, self.device.load(program_image.write(plan.kernels))
         self._loaded.move_to_end(shape)
         return held
-
-    def _buffers(self, plan: Plan) -> Mapping[str, maia_rt.Buffer]:
-        """A plan's buffers in the workspace, which grows to the largest plan's need."""
-        sizes = {name: math.prod(shape) * NUMPY_DTYPES[dtype].itemsize for name, (dtype, shape) in plan.buffers.items()}
-        offsets, nbytes = _offsets(sizes)
-        if self._workspace is None or self._workspace.nbytes < nbytes:
-            if self._workspace is not None:
-                self._workspace.close()
-            self._workspace = self.device.allocate(nbytes)
-        space = self._workspace
-        return {name: space.view(NUMPY_DTYPES[dtype], shape, offsets[name])
-                for name, (dtype, shape) in plan.buffers.items()}
 
     def close(self) -> None:
         """Give everything on the device back; idempotent.
@@ -150,13 +140,12 @@ class MiniLM:
         maia_rt.errors.DeviceFault, maia_rt.errors.DeviceLost, maia_rt.errors.DeviceTimeout
             Something was still under way and failed; everything is given back all the same.
         """
-        for _, program in self._loaded.values():
-            program.close()
-        self._loaded.clear()
-        self._weights.close()
-        if self._workspace is not None:
-            self._workspace.close()
-        self._stream.close()
+        with ExitStack() as stack:
+            stack.callback(self._weights.close)
+            while self._loaded:
+                stack.callback(self._loaded.popitem()[1][1].close)
+            for lane in self._lanes:
+                stack.callback(lane.close)
 
     def __enter__(self) -> MiniLM:
         return self
@@ -167,13 +156,3 @@ class MiniLM:
         except MaiaError:
             if kind is None:  # else what went wrong inside is the news
                 raise
-
-
-def _offsets(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Where each of several arrays starts in one buffer, and the buffer's size."""
-    offsets = {}
-    end = 0
-    for name, size in sizes.items():
-        offsets[name] = end
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return offsets, end
