@@ -23,7 +23,13 @@ from maia_rt.runtime.event import Event
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_layout import Layout, Step
 from maia_rt.runtime.graph_node import GraphNode
-from maia_rt.runtime.graph_operation import LoopOperation, Operation, SemaphoreWaitOperation, WaitOperation
+from maia_rt.runtime.graph_operation import (
+    LaunchOperation,
+    LoopOperation,
+    Operation,
+    SemaphoreWaitOperation,
+    WaitOperation,
+)
 
 if TYPE_CHECKING:
     from maia_rt.runtime.buffer import Buffer, Memory
@@ -413,8 +419,7 @@ def _succeeded(queue: QueuePair, sequence: int) -> bool:
 
 
 def _require_same_room(old: Operation, new: Operation) -> None:
-    if isinstance(old, LoopOperation):
-        return
-    if hasattr(old, "kernel") and len(old._listed().pointed) != len(new._listed().pointed):
+    if (isinstance(old, LaunchOperation) and isinstance(new, LaunchOperation)
+            and len(old._listed().pointed) != len(new._listed().pointed)):
         raise InvalidArgument("another kernel of the node has to take as many arguments",
                               hint="instantiate the graph anew")

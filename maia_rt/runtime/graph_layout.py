@@ -23,6 +23,7 @@ from maia_rt.errors import InvalidArgument
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_node import GraphNode
 from maia_rt.runtime.graph_operation import (
+    CommandOperation,
     ConditionOperation,
     Listed,
     LoopOperation,
@@ -117,12 +118,12 @@ class Layout:
         for step in order:
             self.steps.append(step)
             step.first = len(self._listed)
-            if isinstance(step.operation, LoopOperation | ConditionOperation):
-                self._place_branches(step, step.operation)
-                level = -1  # what comes next waits for the body
-            else:
+            if isinstance(step.operation, CommandOperation):
                 self._add(step, step.operation._listed(), step.level != level)
                 level = step.level
+            else:
+                self._place_branches(step, step.operation)
+                level = -1  # what comes next waits for the body
             step.end = len(self._listed)
 
     def _place_branches(self, step: Step, operation: LoopOperation | ConditionOperation) -> None:
@@ -163,7 +164,7 @@ class Layout:
     def encode_step(self, step: Step, memory: memoryview, address: int, counters: int) -> None:
         """Write one node's own commands; those of its body are others'."""
         operation = step.operation
-        if not isinstance(operation, LoopOperation | ConditionOperation):
+        if isinstance(operation, CommandOperation):
             self._write(step.first, operation._listed(), memory, address)
             return
         first, end = step.first, step.end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -15,6 +16,8 @@ from maia_rt.runtime.program import Kernel
 from maia_rt.runtime.semaphore import MOST_ADDED, POSTS, WAITS, WORD, Semaphore
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from maia_rt.runtime.device import Device
 
 CONDITIONS: Final = {one.name.lower(): one for one in Condition}
@@ -45,14 +48,10 @@ class Listed(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Operation:
+class NodeOperation:
     """What a node does; immutable. ``changed(dst=...)`` makes another one, checked anew."""
 
     device: Device
-
-    def _listed(self) -> Listed:
-        """The command."""
-        raise NotImplementedError
 
     def _uses(self) -> list[tuple[str, Memory]]:
         """Its memory, by the name of the argument."""
@@ -69,7 +68,7 @@ class Operation:
                 raise ClosedError(f"{name}, {memory!r}, has been closed", cause="the graph would use its old address",
                                   hint=f"graph.update(node, ...) gives the node other memory for {name}")
 
-    def changed(self, **changes: Any) -> Operation:
+    def changed(self, **changes: Any) -> Self:
         """The same with other arguments."""
         names = [name for name in self.__dataclass_fields__ if name != "device"]
         for name in changes:
@@ -111,8 +110,16 @@ def _require_writable(memory: Memory, what: str) -> None:
         raise InvalidArgument(f"{what} is read-only")
 
 
+class CommandOperation(NodeOperation, ABC):
+    """One listed command."""
+
+    @abstractmethod
+    def _listed(self) -> Listed:
+        """The command."""
+
+
 @dataclass(frozen=True, eq=False)
-class CopyOperation(Operation):
+class CopyOperation(CommandOperation):
     """All of `src` to `dst`."""
 
     dst: Memory
@@ -140,7 +147,7 @@ class CopyOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class FillOperation(Operation):
+class FillOperation(CommandOperation):
     """`dst` with the low `width` bytes of `value`."""
 
     dst: Memory
@@ -174,7 +181,7 @@ class FillOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class LaunchOperation(Operation):
+class LaunchOperation(CommandOperation):
     """A kernel with its arguments."""
 
     kernel: Kernel
@@ -217,7 +224,7 @@ class LaunchOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class WriteOperation(Operation):
+class WriteOperation(CommandOperation):
     """A 32-bit word."""
 
     memory: Memory
@@ -243,7 +250,7 @@ class WriteOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class WaitOperation(Operation):
+class WaitOperation(CommandOperation):
     """Until a 32-bit word meets a condition."""
 
     memory: Memory
@@ -270,10 +277,19 @@ class WaitOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class SignalOperation(Operation):
-    """A post to a semaphore."""
+class SemaphoreOperation(CommandOperation):
+    """What is done to a semaphore, or waited for."""
 
     semaphore: Semaphore
+
+    def _require_open(self) -> None:
+        self.semaphore._require_open()
+
+
+@dataclass(frozen=True, eq=False)
+class SignalOperation(SemaphoreOperation):
+    """A post to a semaphore."""
+
     value: int = 1
     op: str = "add"
 
@@ -284,19 +300,15 @@ class SignalOperation(Operation):
     def _listed(self) -> Listed:
         return Listed(Opcode.NOP, 0, (0, 0, 0), post=(self.semaphore.index, POSTS[self.op], self.value))
 
-    def _require_open(self) -> None:
-        self.semaphore._require_open()
-
     @property
     def _text(self) -> str:
         return f"signal of {self.semaphore.name}"
 
 
 @dataclass(frozen=True, eq=False)
-class SemaphoreWaitOperation(Operation):
+class SemaphoreWaitOperation(SemaphoreOperation):
     """Until a semaphore meets a value."""
 
-    semaphore: Semaphore
     value: int
     op: str = "ge"
 
@@ -307,16 +319,13 @@ class SemaphoreWaitOperation(Operation):
     def _listed(self) -> Listed:
         return Listed(Opcode.NOP, 0, (0, 0, 0), pre=(self.semaphore.index, WAITS[self.op], self.value))
 
-    def _require_open(self) -> None:
-        self.semaphore._require_open()
-
     @property
     def _text(self) -> str:
         return f"wait for {self.semaphore.name}"
 
 
 @dataclass(frozen=True, eq=False)
-class LoopOperation(Operation):
+class LoopOperation(NodeOperation):
     """Its body, so many times, or as long as a word or semaphore meets a condition."""
 
     count: int = 0
@@ -337,7 +346,7 @@ class LoopOperation(Operation):
         if isinstance(self.memory, Semaphore):
             self.memory._require_open()
 
-    def changed(self, **changes: Any) -> Operation:
+    def changed(self, **changes: Any) -> Self:
         """A loop keeps its kind: with a count, or with a condition."""
         for name in changes:
             if (name == "count") is not (self.memory is None):
@@ -354,7 +363,7 @@ class LoopOperation(Operation):
 
 
 @dataclass(frozen=True, eq=False)
-class ConditionOperation(Operation):
+class ConditionOperation(NodeOperation):
     """Its body, where a word or semaphore meets a condition."""
 
     memory: Memory | Semaphore
@@ -377,6 +386,9 @@ class ConditionOperation(Operation):
     @property
     def _text(self) -> str:
         return f"if {self.condition} {self.value}"
+
+
+Operation = CommandOperation | LoopOperation | ConditionOperation
 
 
 def branch(at: Memory | Semaphore, value: int, mask: int, condition: str, target: int) -> Listed:
@@ -407,7 +419,7 @@ def _check_semaphore(device: Device, semaphore: Any, op: Any, ops: Mapping[str, 
         raise InvalidArgument(f"an operation is one of {', '.join(map(repr, ops))}, not {op!r:.40}")
 
 
-def _check_source(operation: Operation, source: Any) -> None:
+def _check_source(operation: NodeOperation, source: Any) -> None:
     if isinstance(source, Semaphore):
         _check_semaphore(operation.device, source, "ge", WAITS)
     else:
