@@ -269,14 +269,11 @@ cdef class Ring:
         The account's `last` stays what it is. Returns the sequence number; raises as `submit`.
         """
         cdef command_t *slot = Ring_slot(self, FLAG_BARRIER)
-        cdef uint64_t last = account.last
         Ring_encode(slot, OPCODE_NOP, FLAG_BARRIER, 0, 0, 0, 0)
         slot.pre[0].index = semaphore
         slot.pre[0].op = WAIT_GE
         slot.pre[0].value = value
-        sequence = Ring_publish(self, slot, account)
-        account.last = last
-        return sequence
+        return Ring_hand_over(self, slot, account)
 
     def submit_encoded(self, Command command not None):
         """Submit a copy of an encoded command; return its sequence number. Raises as `submit`."""
@@ -654,12 +651,17 @@ cdef uint64_t Ring_arguments(Ring self, tuple args) except 1:
 
 
 cdef object Ring_publish(Ring self, command_t *slot, Account account):
+    if account is not None:
+        account.last = self.head + 1
+    return Ring_hand_over(self, slot, account)
+
+
+cdef object Ring_hand_over(Ring self, command_t *slot, Account account):
     slot.sequence = <uint16_t>(self.head + 1)
     if account is None:
         self.owners[self.head & self.mask] = 0
     else:
         self.owners[self.head & self.mask] = account.number
-        account.last = self.head + 1
         account.submitted += 1
     # The device read the slots ahead a ring ago: take their lines back before the next call's fence has to wait for it.
     prefetch_for_write(&self.slots[(self.head + 2) & self.mask])

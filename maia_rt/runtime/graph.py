@@ -155,9 +155,9 @@ class Graph:
             if account is not self._account or self._others:
                 self._follow(stream, account)
             slot = self._slot
-            sequence = stream._submit(_INDIRECT, payload=self._payloads[slot], unbounded=self._unbounded)
+            stream._submit(_INDIRECT, payload=self._payloads[slot], unbounded=self._unbounded)
             self._slot = slot ^ 1
-            self._runs.append((stream._queue, sequence, slot))
+            self._runs.append((*stream._mark(), slot))
 
     def update(self, node: GraphNode, **changes: Any) -> None:
         """Give a node other arguments, under their names in the builder's method; what is not named stays.
