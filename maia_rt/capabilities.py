@@ -35,6 +35,8 @@ class Capabilities:
     branch: bool
     list_options: bool
     crc_compare: bool
+    bounded_contexts: bool
+    host_doorbells: bool
     priorities: int
     dtypes: frozenset[Dtype]
     max_queues: int
@@ -54,6 +56,8 @@ class Capabilities:
     host_address_bits: int
     hbm_base: int
     hbm_bytes: int
+    cluster_sram_base: int
+    tile_sram_base: int
     cluster_sram_bytes: int
     tile_sram_bytes: int
 
@@ -115,7 +119,8 @@ def read_capabilities(transport: Transport) -> Capabilities:
         signal_remote=bool(caps["SIGNAL_REMOTE"]), crc=bool(caps["CRC"]),
         injection=bool(caps["INJECTION"]),
         wait_value=bool(caps["WAIT_VALUE"]), branch=bool(caps["BRANCH"]), list_options=bool(caps["LIST_OPTIONS"]),
-        crc_compare=bool(caps["CRC_COMPARE"]), priorities=scheduling["PRIORITIES"] or 1,
+        crc_compare=bool(caps["CRC_COMPARE"]), bounded_contexts=bool(caps["BOUNDED_CONTEXTS"]),
+        host_doorbells=bool(caps["HOST_DOORBELLS"]), priorities=scheduling["PRIORITIES"] or 1,
         dtypes=frozenset(set(Dtype) - lacking),
         max_queues=queues["MAX_QUEUES"], max_entries_log2=queues["MAX_ENTRIES_LOG2"],
         min_entries_log2=queues["MIN_ENTRIES_LOG2"], semaphores=semaphores["COUNT"],
@@ -125,4 +130,5 @@ def read_capabilities(transport: Transport) -> Capabilities:
         tiles_per_cluster=topology["TILES_PER_CLUSTER"], semaphore_window=register("SEMAPHORE_WINDOW"),
         host_address_bits=BAR0["HOST_ADDRESS"].get(register("HOST_ADDRESS"), "BITS"),
         hbm_base=register("HBM_BASE"), hbm_bytes=register("HBM_SIZE"),
+        cluster_sram_base=register("CLUSTER_SRAM_BASE"), tile_sram_base=register("TILE_SRAM_BASE"),
         cluster_sram_bytes=register("CLUSTER_SRAM_SIZE"), tile_sram_bytes=register("TILE_SRAM_SIZE"))

@@ -229,7 +229,7 @@ FAULTS: dict[FaultCode, Fault] = {
               "write the slots before the doorbell"),
         Fault(FaultCode.ADDRESS, "an address is outside host mappings, HBM, SRAM and peer windows",
               "keep buffers open and mapped until the commands that use them are done"),
-        Fault(FaultCode.CONTEXT, "an address is outside the HBM ranges of the queue's context",
+        Fault(FaultCode.CONTEXT, "an address is outside the ranges and clusters of the queue's context",
               "use memory allocated in the same context"),
         Fault(FaultCode.SEMAPHORE, "a semaphore index does not exist or is read-only",
               "use a semaphore that was allocated from this device"),

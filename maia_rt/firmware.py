@@ -25,6 +25,7 @@ from maia_rt.contract.commands import (
     INJECTION,
     QUEUE_LOG,
     RANGE,
+    SCRUB,
     SEMAPHORE_LOG,
     AdminOpcode,
     Feature,
@@ -317,20 +318,39 @@ class Firmware:
         """Unload the program whose first kernel has the handle `first`. DeviceBusy while one of them runs."""
         self._admin.execute(AdminOpcode.UNLOAD_PROGRAM, first)
 
-    def create_context(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Create a context confined to HBM `ranges`, pairs of device address and bytes; return its id."""
+    def create_context(self, ranges: Iterable[tuple[int, int]], bounds: npt.NDArray[Any] | None = None) -> int:
+        """Create a context confined to `ranges`, pairs of device address and bytes; return its id.
+
+        Parameters
+        ----------
+        ranges : iterable of (int, int)
+            Of HBM; with `bounds` of host addresses too.
+        bounds : ndarray, optional
+            A CONTEXT_BOUNDS structure.
+
+        Raises
+        ------
+        Unsupported
+            The device has no bounded contexts.
+        """
         admin = self._admin
         table = np.array(list(ranges), RANGE)
         if table.nbytes > len(admin.page):
             raise InvalidArgument(f"{self._transport.name}: {len(table)} ranges; a context has at most "
                                   f"{self.capabilities.ranges_per_context}")
+        if bounds is not None and not self.capabilities.bounded_contexts:
+            raise Unsupported(f"{self._transport.name}: no bounded contexts", hint="update its firmware",
+                              cause="CAPS.BOUNDED_CONTEXTS is clear: the device speaks a contract before 1.2")
+        raw = table.tobytes()
         with admin.lock:
-            admin.page[: table.nbytes] = table.tobytes()
-            return admin.execute(AdminOpcode.CREATE_CONTEXT, admin.page_iova, len(table))[0]
+            at = 0 if bounds is None else admin.page_iova + len(raw)
+            raw += b"" if bounds is None else bounds.tobytes()
+            admin.page[: len(raw)] = raw
+            return admin.execute(AdminOpcode.CREATE_CONTEXT, admin.page_iova, len(table), at)[0]
 
-    def delete_context(self, context: int) -> None:
-        """Delete a context that no queue uses."""
-        self._admin.execute(AdminOpcode.DELETE_CONTEXT, context)
+    def delete_context(self, context: int, *, scrub: bool = False) -> None:
+        """Delete a context that no queue uses; with `scrub` what it had for itself reads as zero."""
+        self._admin.execute(AdminOpcode.DELETE_CONTEXT, context, SCRUB if scrub else 0)
 
     def set_feature(self, feature: Feature, value: int) -> None:
         """Set a feature until the next boot."""

@@ -8,8 +8,8 @@
     LOAD_PROGRAM    address   bytes    message   bytes    first handle    kernels    PROGRAM_REFUSED, BAD_ADDRESS,
                                                                                      NO_RESOURCE
     UNLOAD_PROGRAM  handle                                                           NOT_FOUND, IN_USE
-    CREATE_CONTEXT  ranges    count                       context id                 BAD_ADDRESS, NO_RESOURCE
-    DELETE_CONTEXT  context                                                          NOT_FOUND, IN_USE
+    CREATE_CONTEXT  ranges    count    bounds             context id                 BAD_ADDRESS, NO_RESOURCE
+    DELETE_CONTEXT  context   SCRUB                                                  NOT_FOUND, IN_USE
     SET_FEATURE     feature   value                                                  NOT_FOUND
     GET_FEATURE     feature                               value                      NOT_FOUND
     ABORT           queue     sequence                                               NOT_FOUND
@@ -22,7 +22,8 @@ addresses: host memory, HBM or SRAM.
 
 IDENTIFY writes the 512-byte page. LOAD_PROGRAM gives the image's kernels consecutive handles, in the image's order;
 UNLOAD_PROGRAM takes the first of them. Where an image is refused, the reason is written to p2 as UTF-8, cut to p3 bytes
-and always ended by NUL; p2 = 0 asks for no message. CREATE_CONTEXT reads p1 RANGE records at p0. GET_LOG writes the
+and always ended by NUL; p2 = 0 asks for no message; p4 is the context whose queues may launch them, 0 for any.
+CREATE_CONTEXT reads p1 RANGE records at p0 and, where p2 is not 0, a CONTEXT_BOUNDS record there. GET_LOG writes the
 COUNTERS record, or whole records of the other logs, as far as p2 bytes hold them.
 """
 
@@ -39,12 +40,14 @@ from maia_emulator.engine import AdminError
 from maia_emulator.profiles import Profile
 from maia_rt.contract import program, verifier
 from maia_rt.contract.commands import (
+    CONTEXT_BOUNDS,
     CONTRACT_MAJOR,
     CONTRACT_MINOR,
     FAULT,
     IDENTIFY,
     QUEUE_LOG,
     RANGE,
+    SCRUB,
     SEMAPHORE_LOG,
     AdminOpcode,
     AdminStatus,
@@ -83,10 +86,10 @@ class AdminCommands:
             AdminOpcode.IDENTIFY: (self._identify, 1),
             AdminOpcode.DELETE_QUEUE: (self._delete_queue, 1),
             AdminOpcode.RESET_QUEUE: (self._reset_queue, 2),
-            AdminOpcode.LOAD_PROGRAM: (self._load_program, 4),
+            AdminOpcode.LOAD_PROGRAM: (self._load_program, 5),
             AdminOpcode.UNLOAD_PROGRAM: (self._unload_program, 1),
-            AdminOpcode.CREATE_CONTEXT: (self._create_context, 2),
-            AdminOpcode.DELETE_CONTEXT: (self._delete_context, 1),
+            AdminOpcode.CREATE_CONTEXT: (self._create_context, 3),
+            AdminOpcode.DELETE_CONTEXT: (self._delete_context, 2),
             AdminOpcode.SET_FEATURE: (self._set_feature, 2),
             AdminOpcode.GET_FEATURE: (self._get_feature, 1),
             AdminOpcode.ABORT: (self._abort, 2),
@@ -163,7 +166,7 @@ class AdminCommands:
     def _reset_queue(self, queue: int, initial: int) -> Act:
         return _silent(lambda: self._engine.reset_queue(queue, initial))
 
-    def _load_program(self, address: int, size: int, message: int, message_size: int) -> Act:
+    def _load_program(self, address: int, size: int, message: int, message_size: int, context: int) -> Act:
         try:
             if size > program.MAX_IMAGE_BYTES:
                 raise ProgramError(
@@ -175,19 +178,21 @@ class AdminCommands:
             if message and message_size:
                 self._write(message, _message(error.what, message_size))
             raise AdminError(AdminStatus.PROGRAM_REFUSED, error.what) from None
-        return lambda: (self._engine.load_program(image), len(image.kernels))
+        return lambda: (self._engine.load_program(image, context), len(image.kernels))
 
     def _unload_program(self, handle: int) -> Act:
         return _silent(lambda: self._engine.unload_program(handle))
 
-    def _create_context(self, address: int, count: int) -> Act:
+    def _create_context(self, address: int, count: int, at: int) -> Act:
         _require(count <= self._profile.ranges_per_context)
         table = np.frombuffer(self._read(address, count * RANGE.itemsize), RANGE)
         ranges = [(int(r["base"]), int(r["size"])) for r in table]
-        return lambda: (self._engine.create_context(ranges), 0)
+        bounds = self._read(at, CONTEXT_BOUNDS.itemsize) if at else None
+        return lambda: (self._engine.create_context(ranges, bounds), 0)
 
-    def _delete_context(self, context: int) -> Act:
-        return _silent(lambda: self._engine.delete_context(context))
+    def _delete_context(self, context: int, options: int) -> Act:
+        _require(options in (0, SCRUB))
+        return _silent(lambda: self._engine.delete_context(context, options == SCRUB))
 
     def _set_feature(self, feature: int, value: int) -> Act:
         return _silent(lambda: self._engine.set_feature(feature, value))

@@ -12,5 +12,10 @@ cdef struct work_t:         # how far a long command has come
     copy_descriptor_t shape
 
 cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, uint32_t semaphores) noexcept nogil
+cdef enum:
+    PLACED = 0x80           # in a command's flags, where no driver's bit is: its numbers are the device's own by now
+
+cdef uint32_t check_confined(command_t *command, bint listed, context_t *context) noexcept nogil
+cdef void as_fetched(command_t *command, context_t *context) noexcept nogil
 cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work, context_t *context,
                           traffic_t *traffic, bint *finished, uint64_t *bad) noexcept nogil

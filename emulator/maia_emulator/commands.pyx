@@ -127,6 +127,63 @@ cdef uint32_t check_command(command_t *command, bint listed, uint32_t mirrors, u
     return FAULT_NONE if plain else FAULT_BAD_FIELD
 
 
+cdef inline uint16_t place(context_t *context, uint64_t index) noexcept nogil:
+    """The device's number of a bounded context's semaphore: mirrors of its queues first, then its free ones."""
+    if index < context.queue_count:
+        return <uint16_t> (context.first_queue + index)
+    return <uint16_t> (context.first_semaphore + index - context.queue_count)
+
+
+cdef uint32_t check_confined(command_t *command, bint listed, context_t *context) noexcept nogil:
+    """As `check_command`, for a queue of a bounded context: from here on the command has the device's own numbers."""
+    cdef branch_command_t *branch = <branch_command_t *> command
+    cdef uint32_t fault = check_command(command, listed, context.queue_count,
+                                        context.queue_count + context.semaphore_count)
+    cdef int i
+    if fault:
+        return fault
+    for i in range(2):
+        if command.pre[i].op != WAIT_NONE:
+            command.pre[i].index = place(context, command.pre[i].index)
+        if command.post[i].op != POST_NONE:
+            command.post[i].index = place(context, command.post[i].index)
+    if command.opcode == OPCODE_BRANCH and branch.source == BRANCH_SEMAPHORE:
+        branch.where = place(context, branch.where)
+    elif command.opcode == OPCODE_LAUNCH:
+        if <uint64_t> command.units >> context.cluster_count:
+            return FAULT_BAD_FIELD
+        # 0 is all of its clusters, never all of the device's.
+        if command.units == 0:
+            command.units = <uint32_t> ((<uint64_t> 1 << context.cluster_count) - 1)
+        command.units <<= context.first_cluster
+    command.flags |= PLACED
+    return FAULT_NONE
+
+
+cdef inline uint64_t unplace(context_t *context, uint64_t index) noexcept nogil:
+    if index - context.first_queue < context.queue_count:
+        return index - context.first_queue
+    return index - context.first_semaphore + context.queue_count
+
+
+cdef void as_fetched(command_t *command, context_t *context) noexcept nogil:
+    """Undo `check_confined` where it was done, for logs. (A mask that said all clusters names them one by one.)"""
+    cdef branch_command_t *branch = <branch_command_t *> command
+    cdef int i
+    if not (context.bounded and command.flags & PLACED):
+        return
+    command.flags &= ~<uint8_t> PLACED
+    for i in range(2):
+        if command.pre[i].op != WAIT_NONE:
+            command.pre[i].index = <uint16_t> unplace(context, command.pre[i].index)
+        if command.post[i].op != POST_NONE:
+            command.post[i].index = <uint16_t> unplace(context, command.post[i].index)
+    if command.opcode == OPCODE_BRANCH and branch.source == BRANCH_SEMAPHORE:
+        branch.where = unplace(context, branch.where)
+    elif command.opcode == OPCODE_LAUNCH:
+        command.units >>= context.first_cluster
+
+
 cdef inline bint fill_is_aligned(fill_command_t *c) noexcept nogil:
     return (c.width == 1 or c.width == 2 or c.width == 4) and (c.dst | c.size) & (c.width - 1) == 0
 

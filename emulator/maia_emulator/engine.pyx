@@ -24,7 +24,17 @@ from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
 from maia_emulator.queue_state cimport MAX_IN_FLIGHT, in_flight_t, queue_t, writer_t
 from maia_emulator.queues cimport FrontEnd
 from maia_emulator.strikes cimport let_go, strike
-from maia_emulator.support cimport add32, and32, clock_ns, load32, store32, store64, swap_if32
+from maia_emulator.support cimport (
+    add32,
+    and32,
+    clock_ns,
+    load32,
+    pthread_rwlock_rdlock,
+    pthread_rwlock_unlock,
+    store32,
+    store64,
+    swap_if32,
+)
 from maia_emulator.tiles cimport Tiles, fill_kernel, free_kernel
 from maia_rt._fast.commands cimport (
     ANY_QUEUE,
@@ -36,6 +46,7 @@ from maia_rt._fast.commands cimport (
     NO_VECTOR,
     POST_SET,
     WRITER_HOST,
+    context_bounds_t,
     counters_t,
     create_queue_t,
     fault_t,
@@ -370,12 +381,13 @@ cdef class Engine:
         cdef create_queue_t p
         cdef queue_t *q
         cdef FrontEnd front = self.front
-        cdef uint32_t i, place
+        cdef context_t *context
+        cdef uint32_t i, place, first, end
         cdef const char *raw = params
         if len(params) != CREATE_QUEUE.itemsize:
             raise AdminError(AdminStatus.INVALID_FIELD, "parameters of the wrong size")
         memcpy(&p, raw, sizeof(p))
-        if p.reserved0 or p.reserved1 or p.reserved2:
+        if p.reserved0 or p.reserved1:
             raise AdminError(AdminStatus.INVALID_FIELD, "a reserved parameter is not zero")
         if not MIN_ENTRIES_LOG2 <= p.entries_log2 <= MAX_ENTRIES_LOG2 or p.reports_log2 > MAX_ENTRIES_LOG2:
             raise AdminError(AdminStatus.INVALID_FIELD, "ring length out of range")
@@ -389,26 +401,37 @@ cdef class Engine:
             raise AdminError(AdminStatus.INVALID_FIELD, f"there is no queue {p.queue}")
         for address, size in ((p.ring, 64 << p.entries_log2), (p.progress, 64), (p.reports, 32 << p.reports_log2)):
             self._require_host(address, size)
+        if p.doorbell:
+            if p.doorbell % DOORBELL_PAGE:
+                raise AdminError(AdminStatus.INVALID_FIELD, "a doorbell page starts at a multiple of 4096")
+            if p.doorbell >> 48 or not self.memory.is_direct(p.doorbell, DOORBELL_PAGE):
+                raise AdminError(AdminStatus.BAD_ADDRESS, f"no doorbell can be watched at {p.doorbell:#x}")
         with nogil:
             front.take()
         try:
             if p.context >= MAX_CONTEXTS or not self.contexts[p.context].live:
                 raise AdminError(AdminStatus.NOT_FOUND, f"there is no context {p.context}")
+            context = &self.contexts[p.context]
+            first, end = 0, front.max_queues
+            if context.bounded:
+                first, end = context.first_queue, context.first_queue + context.queue_count
             i = p.queue
             if i == <uint32_t> ANY_QUEUE:
-                i = 0
-                while i < front.max_queues and front.queues[i].live:
+                i = first
+                while i < end and front.queues[i].live:
                     i += 1
-                if i == front.max_queues:
-                    raise AdminError(AdminStatus.NO_RESOURCE, f"all {front.max_queues} queues are in use")
+                if i == end:
+                    raise AdminError(AdminStatus.NO_RESOURCE, f"all {end - first} queues are in use")
+            elif not first <= i < end:
+                raise AdminError(AdminStatus.INVALID_FIELD, f"context {p.context} has no queue {i}")
             q = &front.queues[i]
             if q.live:
                 raise AdminError(AdminStatus.IN_USE, f"queue {i} exists")
             memset(q, 0, sizeof(queue_t))
-            q.id, q.vector, q.context, q.priority = i, p.vector, &self.contexts[p.context], p.priority
+            q.id, q.vector, q.context, q.priority = i, p.vector, context, p.priority
             q.mask, q.report_mask = (1 << p.entries_log2) - 1, (1 << p.reports_log2) - 1
             q.ring, q.progress, q.reports = p.ring, p.progress, p.reports
-            q.doorbell = self.bar2 + i * DOORBELL_PAGE
+            q.doorbell, q.doorbell_at = self.bar2 + i * DOORBELL_PAGE, p.doorbell
             self._rewind(q, p.initial)
             q.live = True
             q.context.queues += 1
@@ -436,10 +459,13 @@ cdef class Engine:
         q.state = q.stage = q.flight_first = q.flight_count = 0
         q.fault, q.fault_sequence = 0, 0
         q.list.count = q.list.flight_count = 0
-        store32(<uint32_t *> (q.doorbell + DOORBELL_TAIL), <uint32_t> initial)
-        store32(<uint32_t *> (q.doorbell + DOORBELL_REPORT_HEAD), 0)
-        store64(<uint64_t *> (q.doorbell + DOORBELL_ARM), 0)
-        store32(<uint32_t *> (q.doorbell + DOORBELL_NEEDS_WAKE), load32(&self.front.sleeping))
+        with nogil:
+            pthread_rwlock_rdlock(&self.memory.dma.lock)
+            store32(self.front.word(q, DOORBELL_TAIL), <uint32_t> initial)
+            store32(self.front.word(q, DOORBELL_REPORT_HEAD), 0)
+            store64(<uint64_t *> self.front.word(q, DOORBELL_ARM), 0)
+            store32(self.front.word(q, DOORBELL_NEEDS_WAKE), load32(&self.front.sleeping))
+            pthread_rwlock_unlock(&self.memory.dma.lock)
         store32(&self.front.semaphores[q.id], <uint32_t> initial)
         memset(&block, 0, sizeof(block))
         block.progress = initial
@@ -494,12 +520,17 @@ cdef class Engine:
         cdef queue_t *q
         cdef in_flight_t *entry
         cdef FrontEnd front = self.front
+        cdef uint32_t rung
         cdef int i
         with nogil:
             front.take()
         try:
             q = self._queue(id)
-            tail = q.head + <uint32_t> (load32(<uint32_t *> (q.doorbell + DOORBELL_TAIL)) - <uint32_t> q.head)
+            with nogil:
+                pthread_rwlock_rdlock(&self.memory.dma.lock)
+                rung = load32(self.front.word(q, DOORBELL_TAIL))
+                pthread_rwlock_unlock(&self.memory.dma.lock)
+            tail = q.head + <uint32_t> (rung - <uint32_t> q.head)
             if sequence <= q.retired or sequence > tail or q.state:
                 raise AdminError(AdminStatus.NOT_FOUND, f"queue {id} has no command {sequence} to abort")
             for i in range(q.flight_count):
@@ -513,49 +544,104 @@ cdef class Engine:
             front.give()
         self.front.wake()
 
-    def create_context(self, ranges):
-        """A context confined to ``ranges``, pairs of HBM address and size; returns its id."""
+    def create_context(self, ranges, bounds=None):
+        """A context confined to ``ranges``, pairs of address and size; returns its id.
+
+        Parameters
+        ----------
+        ranges : list of (int, int)
+            Of HBM; with bounds, of host addresses too.
+        bounds : bytes, optional
+            A CONTEXT_BOUNDS structure: the context then has no more than it and the ranges say.
+        """
+        cdef context_bounds_t b
+        cdef context_t made
+        cdef const char *raw
+        memset(&made, 0, sizeof(made))
         if not 1 <= len(ranges) <= MAX_RANGES:
             raise AdminError(AdminStatus.INVALID_FIELD, f"a context has 1 to {<int> MAX_RANGES} ranges")
+        if bounds is not None:
+            raw = bounds
+            memcpy(&b, raw, sizeof(b))
+            self._check_bounds(&b)
+            made.bounded = True
+            made.first_queue, made.queue_count = b.first_queue, b.queues
+            made.first_semaphore, made.semaphore_count = b.first_semaphore, b.semaphores
+            made.first_cluster, made.cluster_count = b.first_cluster, b.clusters
         base = 1 << 48
         for start, size in ranges:
-            if size == 0 or start < base or start + size > base + self.memory.hbm_bytes:
+            if bounds is not None and size and start + size <= base:
+                made.host_base[made.host_count], made.host_size[made.host_count] = start, size
+                made.host_count += 1
+            elif size == 0 or start < base or start + size > base + self.memory.hbm_bytes:
                 raise AdminError(AdminStatus.BAD_ADDRESS, f"{start:#x} + {size:#x} is not in HBM")
+            else:
+                made.base[made.count], made.size[made.count] = start - base, size
+                made.count += 1
+        made.live = True
         with nogil:
             self.front.take()
         try:
             for id in range(1, MAX_CONTEXTS):
-                if self.contexts[id].live:
-                    continue
-                for i, (start, size) in enumerate(ranges):
-                    self.contexts[id].base[i], self.contexts[id].size[i] = start - base, size
-                self.contexts[id].count, self.contexts[id].queues = len(ranges), 0
-                self.contexts[id].live = True
-                return id
+                if not self.contexts[id].live:
+                    self.contexts[id] = made
+                    return id
             raise AdminError(AdminStatus.NO_RESOURCE, f"all {MAX_CONTEXTS} contexts are in use")
         finally:
             self.front.give()
 
-    def delete_context(self, uint64_t id):
-        """Delete a context that no queue uses."""
+    cdef int _check_bounds(self, context_bounds_t *b) except -1:
+        cdef FrontEnd front = self.front
+        clusters = self.tiles.count // front.tiles_per_cluster
+        if (b.reserved or not b.queues or not b.clusters or b.queues > front.max_queues
+                or b.first_queue > front.max_queues - b.queues or b.semaphores > front.semaphore_count
+                or b.clusters > clusters or b.first_cluster > clusters - b.clusters
+                or b.first_semaphore > front.semaphore_count - b.semaphores
+                or (b.semaphores and b.first_semaphore < front.max_queues)):
+            raise AdminError(AdminStatus.INVALID_FIELD, "the bounds are not within the device")
+        return 0
+
+    def delete_context(self, uint64_t id, bint scrub=False):
+        """Delete a context that no queue uses, and its programs; with ``scrub`` what it had reads as zero."""
+        cdef context_t *context
+        cdef FrontEnd front = self.front
+        cdef uint32_t i, end
         with nogil:
-            self.front.take()
+            front.take()
         try:
             if id == 0 or id >= <uint64_t> MAX_CONTEXTS or not self.contexts[id].live:
                 raise AdminError(AdminStatus.NOT_FOUND, f"there is no context {id}")
-            if self.contexts[id].queues:
-                raise AdminError(AdminStatus.IN_USE, f"context {id} has {self.contexts[id].queues} queues")
-            self.contexts[id].live = False
+            context = &self.contexts[id]
+            if context.queues:
+                raise AdminError(AdminStatus.IN_USE, f"context {id} has {context.queues} queues")
+            for i in range(1, front.kernel_count):
+                if front.kernels[i].live and front.kernels[i].context == context:
+                    free_kernel(&front.kernels[i])
+            if scrub:
+                self.memory.scrub(context)
+                if context.bounded:
+                    for i in range(context.first_queue, context.first_queue + context.queue_count):
+                        store32(&front.semaphores[i], 0)
+                    end = context.first_semaphore + context.semaphore_count
+                    for i in range(context.first_semaphore, end):
+                        store32(&front.semaphores[i], 0)
+                        memset(&front.writers[i], 0, sizeof(writer_t))
+            context.live = False
         finally:
-            self.front.give()
+            front.give()
 
-    def load_program(self, image):
-        """Load a verified `maia_rt.contract.program.Image`; returns the first of its consecutive kernel handles."""
+    def load_program(self, image, uint64_t context=0):
+        """Load a verified `maia_rt.contract.program.Image`; returns the first of its consecutive kernel handles.
+
+        Only queues of ``context`` may launch them, or any where it is 0.
+        """
         cdef FrontEnd front = self.front
         cdef uint32_t first, i, count = len(image.kernels), free_run = 0
         with nogil:
             front.take()
         try:
+            if context >= <uint64_t> MAX_CONTEXTS or not self.contexts[context].live:
+                raise AdminError(AdminStatus.NOT_FOUND, f"there is no context {context}")
             for first in range(1, front.kernel_count):
                 free_run = 0 if front.kernels[first].live else free_run + 1
                 if free_run == count:
@@ -566,6 +652,7 @@ cdef class Engine:
             try:
                 for i in range(count):
                     fill_kernel(&front.kernels[first + i], image.kernels[i], first)
+                    front.kernels[first + i].context = &self.contexts[context] if context else NULL
             except MemoryError:
                 for i in range(count):
                     free_kernel(&front.kernels[first + i])

@@ -12,6 +12,7 @@ cdef enum:
 cdef struct kernel_t:
     bint live
     uint32_t group          # the first handle of the image it came with
+    context_t *context      # whose queues may launch it; NULL: any
     uint32_t running
     uint32_t tiles
     uint32_t arg_count

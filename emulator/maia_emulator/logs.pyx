@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
 
+from maia_emulator.commands cimport as_fetched
 from maia_emulator.queue_state cimport FETCHED, LISTING, MAX_IN_FLIGHT, RUNNING, STARTED, in_flight_t, queue_t
 from maia_emulator.queues cimport FrontEnd, satisfied
 from maia_emulator.support cimport clock_ns, load32
@@ -25,6 +26,7 @@ from maia_rt._fast.commands cimport (
     WRITER_HOST,
     WRITER_MIRROR,
     WRITER_NONE,
+    command_t,
     queue_log_t,
     semaphore_log_t,
     wait_value_command_t,
@@ -99,6 +101,7 @@ cdef void describe(FrontEnd front, queue_t *q, queue_log_t *record) noexcept nog
         memcpy(record.command, &entry.command, COMMAND_BYTES)
     else:
         record.stage = STAGE_IDLE
+    as_fetched(<command_t *> record.command, q.context)
 
 
 cdef uint32_t waits_for(FrontEnd front, queue_t *q, queue_log_t *record) noexcept nogil:

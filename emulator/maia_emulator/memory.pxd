@@ -15,9 +15,19 @@ cdef enum:
 cdef struct context_t:
     bint live
     int queues
-    int count           # 0: all of HBM
+    int count           # ranges of HBM; 0: all of it, or, bounded, none
     uint64_t base[MAX_RANGES]
     uint64_t size[MAX_RANGES]
+    bint bounded        # the rest holds, and commands count from the context's own first queue, semaphore and cluster
+    int host_count
+    uint64_t host_base[MAX_RANGES]
+    uint64_t host_size[MAX_RANGES]
+    uint32_t first_queue
+    uint32_t queue_count
+    uint32_t first_semaphore
+    uint32_t semaphore_count
+    uint32_t first_cluster
+    uint32_t cluster_count
 
 cdef struct traffic_t:
     uint64_t host_to_device
@@ -39,6 +49,7 @@ cdef class DeviceMemory:
     cdef char *cluster_sram
     cdef object read_message
     cdef object write_message
+    cdef int scrub(self, context_t *context) except -1
     cdef int resolve(self, uint64_t address, uint64_t *size, bint write, context_t *context, char **at) noexcept nogil
     cdef int copy(self, uint64_t dst, uint64_t src, uint64_t size, context_t *context, traffic_t *traffic,
                   uint64_t *bad) noexcept nogil

@@ -7,7 +7,7 @@ is the exception that proves costly: the lock is given back while the client ans
 import os
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy, memmove, memset
 
 from maia_emulator.bells import imprint
 
@@ -28,9 +28,11 @@ cdef extern from *:
     #include <fcntl.h>
     #include <linux/falloc.h>
     /* Gives a memfd's pages back: whoever has it mapped reads zeros. */
-    static int punch(int fd, long size) { return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size); }
+    static int punch(int fd, long offset, long size) {
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
+    }
     """
-    int punch(int fd, long size) nogil
+    int punch(int fd, long offset, long size) nogil
 
 cdef enum:
     BOUNCE = 32768
@@ -46,6 +48,27 @@ cdef void *anonymous(size_t size) except NULL:
         raise MemoryError(f"{size} bytes of SRAM")
     madvise(memory, size, MADV_HUGEPAGE)
     return memory
+
+
+cdef void forget(char *memory, size_t size) noexcept nogil:
+    """Zero anonymous memory, by giving its pages back where it has whole ones."""
+    if (<size_t> memory | size) & 4095 or madvise(memory, size, MADV_DONTNEED):
+        memset(memory, 0, size)
+
+
+cdef inline int range_of(uint64_t *base, uint64_t *size, int count, uint64_t address) noexcept nogil:
+    """Which of a context's ranges an address lies in, -1 for none."""
+    cdef int i
+    for i in range(count):
+        if address >= base[i] and address - base[i] < size[i]:
+            return i
+    return -1
+
+
+cdef inline bint foreign(context_t *context, uint64_t cluster) noexcept nogil:
+    """Whether a cluster is not for the queues of this context."""
+    return (context != NULL and context.bounded
+            and not context.first_cluster <= cluster < <uint64_t> context.first_cluster + context.cluster_count)
 
 
 cdef class DeviceMemory:
@@ -87,9 +110,23 @@ cdef class DeviceMemory:
 
     def clear(self):
         """Zero HBM and SRAM."""
-        punch(self.hbm_fd, self.hbm_bytes)
+        punch(self.hbm_fd, 0, self.hbm_bytes)
         madvise(self.tile_sram, <size_t> self.tiles * self.tile_bytes, MADV_DONTNEED)
         madvise(self.cluster_sram, <size_t> self.clusters * self.cluster_bytes, MADV_DONTNEED)
+
+    cdef int scrub(self, context_t *context) except -1:
+        """Zero what a context had for itself: its HBM, and the SRAM of its clusters."""
+        cdef int i
+        cdef uint64_t per_cluster = self.tiles // self.clusters
+        for i in range(context.count):
+            if punch(self.hbm_fd, context.base[i], context.size[i]):
+                memset(self.hbm + context.base[i], 0, context.size[i])
+        if context.bounded:
+            forget(self.cluster_sram + context.first_cluster * <uint64_t> self.cluster_bytes,
+                   context.cluster_count * <uint64_t> self.cluster_bytes)
+            forget(self.tile_sram + context.first_cluster * per_cluster * self.tile_bytes,
+                   context.cluster_count * per_cluster * self.tile_bytes)
+        return 0
 
     def read(self, uint64_t address, uint64_t size):
         """Read device or client memory for firmware.
@@ -133,12 +170,28 @@ cdef class DeviceMemory:
             pthread_rwlock_unlock(&self.dma.lock)
         return fault == 0
 
+    def is_direct(self, uint64_t address, uint64_t size):
+        """Whether a range is one piece of memory that is reached without a message, for reading and writing."""
+        cdef uint64_t length = size
+        cdef char *at = NULL
+        cdef int kind
+        with nogil:
+            pthread_rwlock_rdlock(&self.dma.lock)
+            kind = self.resolve(address, &length, True, NULL, &at)
+            pthread_rwlock_unlock(&self.dma.lock)
+        return kind >= 0 and kind != KIND_MESSAGE and length >= size
+
     cdef int resolve(self, uint64_t address, uint64_t *size, bint write, context_t *context,
                      char **at) noexcept nogil:
         """Where an address lies; ``size`` is cut to what follows there without a gap. Returns a KIND."""
         cdef uint64_t window = address >> 48, offset, unit
         cdef int i, found
         if window == 0:
+            if context != NULL and context.bounded:
+                i = range_of(context.host_base, context.host_size, context.host_count, address)
+                if i < 0:
+                    return KIND_BAD_CONTEXT
+                size[0] = min(size[0], context.host_base[i] + context.host_size[i] - address)
             found = self.dma.find(address, DMA_WRITE if write else DMA_READ, at, size)
             if found == 0:
                 return KIND_HOST
@@ -147,11 +200,9 @@ cdef class DeviceMemory:
             offset = address - HBM_BASE
             if offset >= self.hbm_bytes:
                 return KIND_BAD_ADDRESS
-            if context != NULL and context.count:
-                for i in range(context.count):
-                    if offset >= context.base[i] and offset - context.base[i] < context.size[i]:
-                        break
-                else:
+            if context != NULL and (context.count or context.bounded):
+                i = range_of(context.base, context.size, context.count, offset)
+                if i < 0:
                     return KIND_BAD_CONTEXT
                 size[0] = min(size[0], context.base[i] + context.size[i] - offset)
             size[0] = min(size[0], self.hbm_bytes - offset)
@@ -160,10 +211,14 @@ cdef class DeviceMemory:
         unit = (address >> 32) & 0xffff
         offset = <uint32_t> address
         if window == 2 and unit < self.clusters and offset < self.cluster_bytes:
+            if foreign(context, unit):
+                return KIND_BAD_CONTEXT
             size[0] = min(size[0], self.cluster_bytes - offset)
             at[0] = self.cluster_sram + unit * self.cluster_bytes + offset
             return KIND_SRAM
         if window == 3 and unit < self.tiles and offset < self.tile_bytes:
+            if foreign(context, unit // (self.tiles // self.clusters)):
+                return KIND_BAD_CONTEXT
             size[0] = min(size[0], self.tile_bytes - offset)
             at[0] = self.tile_sram + unit * self.tile_bytes + offset
             return KIND_SRAM

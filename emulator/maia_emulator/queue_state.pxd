@@ -83,6 +83,8 @@ cdef struct queue_t:
     window_t ring_window
     window_t progress_window
     char *doorbell
+    uint64_t doorbell_at    # its host address; 0: in BAR 2
+    window_t doorbell_window
     uint64_t head           # index of the command to fetch next, or under way
     uint64_t retired
     uint64_t published

@@ -76,6 +76,8 @@ cdef class FrontEnd:
     cdef int advance(self, queue_t *q) noexcept nogil
     cdef bint may_start(self, queue_t *q) noexcept nogil
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil
+    cdef uint32_t *word(self, queue_t *q, uint32_t offset) noexcept nogil
+    cdef uint32_t check(self, queue_t *q, bint listed) noexcept nogil
     cdef void announce(self) noexcept with gil
     cdef int start_launch(self, queue_t *q, launch_t **launch) noexcept nogil
     cdef void fly(self, queue_t *q, launch_t *launch) noexcept nogil

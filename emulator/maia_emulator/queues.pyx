@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from maia_emulator.bells cimport PART_DOORBELLS, PART_HBM, bell_t, doze, rouse
-from maia_emulator.commands cimport check_command, run_command
+from maia_emulator.commands cimport as_fetched, check_command, check_confined, run_command
 from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.launch cimport MAX_ARGS, kernel_t, launch_t
@@ -101,13 +101,9 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     AHEAD = 4
+    DOORBELL_PAGE = 4096
     MAX_LEVEL = 255
     TURN = 64               # commands a queue may run before the next queue's turn
-
-
-cdef inline uint32_t *word(queue_t *q, uint32_t offset) noexcept nogil:
-    """A word of the queue's doorbell page."""
-    return <uint32_t *> (q.doorbell + offset)
 
 
 cdef char *translate(DeviceMemory memory, window_t *window, uint64_t address, uint64_t size, bint write) noexcept nogil:
@@ -138,6 +134,9 @@ cdef inline bint held_by_tiles(queue_t *q) noexcept nogil:
         return q.stage == LISTING or (q.stage == FETCHED and not list_may_start(q))
     return (q.stage == FETCHED and q.list.count == 0 and q.flight_count
             and (q.command.flags & FLAG_BARRIER or q.flight_count == MAX_IN_FLIGHT))
+
+
+cdef char[DOORBELL_PAGE] nobodys_page
 
 
 cdef class FrontEnd:
@@ -236,6 +235,20 @@ cdef class FrontEnd:
                 for _i in range(8):
                     pause_cpu()
 
+    cdef uint32_t *word(self, queue_t *q, uint32_t offset) noexcept nogil:
+        """A word of the queue's doorbell page. The caller holds the DMA table's lock for reading."""
+        if q.doorbell_at and q.doorbell_window.generation != self.memory.dma.generation:
+            q.doorbell = translate(self.memory, &q.doorbell_window, q.doorbell_at, DOORBELL_PAGE, True)
+            if q.doorbell == NULL:
+                q.doorbell = nobodys_page       # the client has taken it away: nothing moves any more
+        return <uint32_t *> (q.doorbell + offset)
+
+    cdef uint32_t check(self, queue_t *q, bint listed) noexcept nogil:
+        """The fault that the fields of the command at hand alone earn it, or none."""
+        if q.context.bounded:
+            return check_confined(&q.command, listed, q.context)
+        return check_command(&q.command, listed, self.max_queues, self.semaphore_count)
+
     cdef void announce(self) noexcept with gil:
         """Tell what injections did to the whole device, from outside of every lock."""
         what, self.trips = self.trips, 0
@@ -270,9 +283,11 @@ cdef class FrontEnd:
         # Each sleep has a number, so that drivers can tell it from the one that they have ended already.
         self.sleep_number = self.sleep_number + 1 or 1
         store32(&self.sleeping, self.sleep_number)
+        pthread_rwlock_rdlock(&self.memory.dma.lock)
         for i in range(self.live_count):
             if not held_by_tiles(&self.queues[self.live[i]]):
-                store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), self.sleep_number)
+                store32(self.word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), self.sleep_number)
+        pthread_rwlock_unlock(&self.memory.dma.lock)
         full_fence()
         # A doorbell rung before its writer could see the word is found here.
         self.now = clock_ns()
@@ -287,8 +302,10 @@ cdef class FrontEnd:
         pthread_mutex_lock(&self.control)
         store32(&self.bell.wants, 0)
         store32(&self.sleeping, 0)
+        pthread_rwlock_rdlock(&self.memory.dma.lock)
         for i in range(self.live_count):
-            store32(word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 0)
+            store32(self.word(&self.queues[self.live[i]], DOORBELL_NEEDS_WAKE), 0)
+        pthread_rwlock_unlock(&self.memory.dma.lock)
         # A store made while the word could still be read is seen by the next look at the doorbells.
         full_fence()
         pthread_mutex_unlock(&self.control)
@@ -307,7 +324,7 @@ cdef class FrontEnd:
         if q.flight_count or q.list.flight_count:
             moved = self.reap(q)
         if q.state == RUNNING:
-            tail = load32(word(q, DOORBELL_TAIL))
+            tail = load32(self.word(q, DOORBELL_TAIL))
             if tail != q.tail:
                 backwards = <int32_t> (tail - q.tail) < 0
                 q.tail = tail
@@ -343,7 +360,7 @@ cdef class FrontEnd:
                 self.fail_list(q)       # it was ending when an earlier launch failed too
             self.stop_queue(q)
             moved = True
-        arm = load64(<uint64_t *> word(q, DOORBELL_ARM))
+        arm = load64(<uint64_t *> self.word(q, DOORBELL_ARM))
         if arm != q.arm:
             q.arm = arm
             if arm and arm <= q.published:
@@ -369,7 +386,7 @@ cdef class FrontEnd:
             fault = FAULT_BAD_SEQUENCE
             bad = q.command.sequence
         if fault == FAULT_NONE:
-            fault = check_command(&q.command, False, self.max_queues, self.semaphore_count)
+            fault = self.check(q, False)
         if fault:
             self.fail_here(q, fault, bad)
             return False
@@ -394,7 +411,7 @@ cdef class FrontEnd:
         if fault:
             q.command = q.list.command
         else:
-            fault = check_command(&q.command, True, self.max_queues, self.semaphore_count)
+            fault = self.check(q, True)
             if (fault == FAULT_NONE and q.command.opcode == OPCODE_BRANCH
                     and (<branch_command_t *> &q.command).target > q.list.count):
                 fault = FAULT_BAD_FIELD
@@ -413,7 +430,7 @@ cdef class FrontEnd:
         if q.report_tail - q.report_head + q.flight_count <= q.report_mask:
             return True
         # The driver writes to this cache line with every doorbell, so it is looked at only when the records run out.
-        q.report_head = load32(word(q, DOORBELL_REPORT_HEAD))
+        q.report_head = load32(self.word(q, DOORBELL_REPORT_HEAD))
         return q.report_tail - q.report_head + q.flight_count <= q.report_mask
 
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil:
@@ -521,6 +538,8 @@ cdef class FrontEnd:
         if command.kernel >= self.kernel_count or not self.kernels[command.kernel].live:
             return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
         kernel = &self.kernels[command.kernel]
+        if kernel.context != NULL and kernel.context != q.context:
+            return self.fail_here(q, FAULT_BAD_KERNEL, command.kernel)
         if command.units >> ((self.tiles.count - 1) // self.tiles_per_cluster) >> 1:
             return self.fail_here(q, FAULT_BAD_FIELD, 0)
         for i in range(self.tiles.count):
@@ -735,6 +754,7 @@ cdef class FrontEnd:
         log.time_ns, log.sequence, log.address, log.code, log.queue = clock_ns(), sequence, bad, code, q.id
         log.unit, log.detail, log.kernel = unit, detail, kernel
         memcpy(log.command, command, COMMAND_BYTES)
+        as_fetched(<command_t *> log.command, q.context)
         self.fault_count += 1
         if self.fault_count > FAULT_LOG_ENTRIES:
             or32(&self.errors, ERROR_LOG_OVERFLOW)
@@ -789,7 +809,7 @@ cdef class FrontEnd:
         self.write_progress(q, 0, q.retired, 8)
         # The driver arms, fences, reads progress; we write progress, fence, read ARM: one of us sees the other.
         full_fence()
-        arm = load64(<uint64_t *> word(q, DOORBELL_ARM))
+        arm = load64(<uint64_t *> self.word(q, DOORBELL_ARM))
         if arm != q.arm:
             q.arm = arm
             if arm and arm <= q.published:

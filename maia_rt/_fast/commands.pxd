@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     CONTRACT_MAJOR = 1
-    CONTRACT_MINOR = 1
+    CONTRACT_MINOR = 2
     COMMAND_BYTES = 64
     REPORT_BYTES = 32
     PROGRESS_BYTES = 64
@@ -16,6 +16,7 @@ cdef enum:
     MAX_INDIRECT = 0x100000
     ANY_QUEUE = 0xffffffff
     NO_VECTOR = 0xffff
+    SCRUB = 1
     NO_UNIT = 0xffffffff
     FAULT_LOG_ENTRIES = 64
     NO_SEMAPHORE = 0xffffffff
@@ -462,11 +463,20 @@ cdef struct create_queue_t:
     uint8_t reserved0
     uint32_t queue
     uint32_t reserved1
-    uint64_t reserved2
+    uint64_t doorbell
 
-cdef struct hbm_range_t:
+cdef struct range_t:
     uint64_t base
     uint64_t size
+
+cdef struct context_bounds_t:
+    uint32_t first_queue
+    uint32_t queues
+    uint32_t first_semaphore
+    uint32_t semaphores
+    uint32_t first_cluster
+    uint32_t clusters
+    uint64_t reserved
 
 cdef struct counters_t:
     uint64_t time_ns

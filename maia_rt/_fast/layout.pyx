@@ -27,7 +27,8 @@ def structures():
     cdef commands.admin_completion_t admin_completion
     cdef commands.identify_t identify
     cdef commands.create_queue_t create_queue
-    cdef commands.hbm_range_t hbm_range
+    cdef commands.range_t range
+    cdef commands.context_bounds_t context_bounds
     cdef commands.counters_t counters
     cdef commands.fault_t fault
     cdef commands.queue_log_t queue_log
@@ -271,12 +272,22 @@ def structures():
         "reserved0": <char *>&create_queue.reserved0 - <char *>&create_queue,
         "queue": <char *>&create_queue.queue - <char *>&create_queue,
         "reserved1": <char *>&create_queue.reserved1 - <char *>&create_queue,
-        "reserved2": <char *>&create_queue.reserved2 - <char *>&create_queue,
+        "doorbell": <char *>&create_queue.doorbell - <char *>&create_queue,
     }
-    result["hbm_range_t"] = {
-        "": sizeof(hbm_range),
-        "base": <char *>&hbm_range.base - <char *>&hbm_range,
-        "size": <char *>&hbm_range.size - <char *>&hbm_range,
+    result["range_t"] = {
+        "": sizeof(range),
+        "base": <char *>&range.base - <char *>&range,
+        "size": <char *>&range.size - <char *>&range,
+    }
+    result["context_bounds_t"] = {
+        "": sizeof(context_bounds),
+        "first_queue": <char *>&context_bounds.first_queue - <char *>&context_bounds,
+        "queues": <char *>&context_bounds.queues - <char *>&context_bounds,
+        "first_semaphore": <char *>&context_bounds.first_semaphore - <char *>&context_bounds,
+        "semaphores": <char *>&context_bounds.semaphores - <char *>&context_bounds,
+        "first_cluster": <char *>&context_bounds.first_cluster - <char *>&context_bounds,
+        "clusters": <char *>&context_bounds.clusters - <char *>&context_bounds,
+        "reserved": <char *>&context_bounds.reserved - <char *>&context_bounds,
     }
     result["counters_t"] = {
         "": sizeof(counters),

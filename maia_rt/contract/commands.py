@@ -16,7 +16,7 @@ import numpy.typing as npt
 from maia_rt.contract import function
 
 CONTRACT_MAJOR = 1
-CONTRACT_MINOR = 1
+CONTRACT_MINOR = 2
 
 COMMAND_BYTES = 64
 REPORT_BYTES = 32
@@ -285,15 +285,24 @@ IDENTIFY = np.dtype(
 CREATE_QUEUE = np.dtype(
     [("ring", "<u8"), ("progress", "<u8"), ("reports", "<u8"), ("initial", "<u8"), ("entries_log2", "u1"),
      ("reports_log2", "u1"), ("vector", "<u2"), ("context", "<u2"), ("priority", "u1"), ("reserved0", "u1"),
-     ("queue", "<u4"), ("reserved1", "<u4"), ("reserved2", "<u8")]
+     ("queue", "<u4"), ("reserved1", "<u4"), ("doorbell", "<u8")]
 )
 """Parameters of CREATE_QUEUE, in place of ``p``. ``queue`` is the id asked for, or ANY_QUEUE; ``vector`` is
-NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at. Result 0: id."""
+NO_VECTOR for none; ``initial`` is the free-running index that ring, doorbell and progress start at; ``doorbell`` is 0,
+or the host address of a page that stands in for the one in BAR 2 (CAPS.HOST_DOORBELLS). Result 0: id."""
 ANY_QUEUE = 0xFFFFFFFF
 NO_VECTOR = 0xFFFF
 
 RANGE = np.dtype([("base", "<u8"), ("size", "<u8")])
-"""One HBM range of CREATE_CONTEXT's list."""
+"""One range of CREATE_CONTEXT's list: of HBM or, with bounds, of host addresses."""
+
+CONTEXT_BOUNDS = np.dtype(
+    [("first_queue", "<u4"), ("queues", "<u4"), ("first_semaphore", "<u4"), ("semaphores", "<u4"),
+     ("first_cluster", "<u4"), ("clusters", "<u4"), ("reserved", "<u8")]
+)
+"""What a bounded context has of the device, in the device's own numbers (CAPS.BOUNDED_CONTEXTS)."""
+SCRUB = 1
+"""DELETE_CONTEXT: what the context had reads as zero afterwards."""
 
 COUNTER_NAMES = (
     "time_ns", "commands", "commands_failed", "doorbells", "wakes", "interrupts", "launches", "macro_ops", "macs",

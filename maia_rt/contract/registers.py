@@ -127,6 +127,8 @@ BAR0: Final[dict[str, Register]] = {
         Field("FP8", 11, 1, "ro", 0x0, None, 'Operands in FP8 (E4M3, E5M2).'),
         Field("MX", 12, 1, "ro", 0x0, None, 'Operands in MX blocks of 32 with an E8M0 scale.'),
         Field("INT8", 13, 1, "ro", 0x0, None, 'Integer operands: INT8 products into INT32, integers in ADD, SUB, MUL, SCALE, CONVERT (since 1.1).'),
+        Field("BOUNDED_CONTEXTS", 14, 1, "ro", 0x0, None, 'CREATE_CONTEXT takes bounds, DELETE_CONTEXT scrubs, LOAD_PROGRAM names a context (since 1.2).'),
+        Field("HOST_DOORBELLS", 15, 1, "ro", 0x0, None, "A queue's doorbell page may lie in host memory (since 1.2)."),
         Field("INJECTION", 32, 1, "ro", 0x0, None, 'INJECT and CLEAR_INJECTIONS admin commands: faults on purpose, for emulators and bring-up.'),
     ), 'What the device can do (by profile).'),
     "QUEUE_CAPS": Register("QUEUE_CAPS", 0x020, 32, (

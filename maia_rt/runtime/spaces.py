@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 from maia_rt.capabilities import Capabilities
 from maia_rt.contract.commands import SRAM_STRIDE_LOG2
-from maia_rt.contract.registers import BAR0
 from maia_rt.errors import InvalidArgument
 from maia_rt.memory import DeviceHeap, SpaceStatistics, SramHeap
 from maia_rt.memory.space import Space
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from maia_rt.runtime.program import Kernel
 
 _HEAP_ALIGNMENT: Final = 256
-CLUSTER_SRAM_BASE: Final = BAR0["CLUSTER_SRAM_BASE"].reset
-TILE_SRAM_BASE: Final = BAR0["TILE_SRAM_BASE"].reset
 
 
 class DeviceSpaces:
@@ -49,9 +46,10 @@ class DeviceSpaces:
             return self.hbm
         capabilities = self._capabilities
         if space.kind == "cluster":
-            count, base, size = capabilities.clusters, CLUSTER_SRAM_BASE, capabilities.cluster_sram_bytes
+            count, base = capabilities.clusters, capabilities.cluster_sram_base
+            size = capabilities.cluster_sram_bytes
         else:
-            count, base, size = capabilities.tiles, TILE_SRAM_BASE, capabilities.tile_sram_bytes
+            count, base, size = capabilities.tiles, capabilities.tile_sram_base, capabilities.tile_sram_bytes
         if not 0 <= space.index < count:
             raise InvalidArgument(f"there is no {space}: the device has {count} {space.kind}s")
         with self._lock:

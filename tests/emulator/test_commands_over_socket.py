@@ -81,7 +81,7 @@ def test_the_registers_say_what_there_is(driver):
     caps = BAR0["CAPS"].decode(driver.client.read64(Bar0.CAPS))
     assert all(caps[name] for name in ("WAIT_VALUE", "BRANCH", "LIST_OPTIONS", "CRC_COMPARE"))
     assert BAR0["SCHEDULING_CAPS"].decode(driver.client.read32(Bar0.SCHEDULING_CAPS)) == {"PRIORITIES": 4}
-    assert BAR0["VERSION"].decode(driver.client.read32(Bar0.VERSION)) == {"MAJOR": 1, "MINOR": 1}
+    assert BAR0["VERSION"].decode(driver.client.read32(Bar0.VERSION)) == {"MAJOR": 1, "MINOR": 2}
 
 
 @pytest.mark.parametrize(("priority", "status"), [(0, OK), (3, OK), (4, AdminStatus.INVALID_FIELD),

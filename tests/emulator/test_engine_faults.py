@@ -193,7 +193,9 @@ def test_random_commands_never_hurt_the_engine(bare):
      ("progress", HBM, AdminStatus.BAD_ADDRESS), ("reports", HOST + HOST_BYTES, AdminStatus.BAD_ADDRESS),
      ("entries_log2", 1, AdminStatus.INVALID_FIELD), ("entries_log2", 17, AdminStatus.INVALID_FIELD),
      ("vector", 9, AdminStatus.INVALID_FIELD), ("context", 5, AdminStatus.NOT_FOUND),
-     ("queue", 8, AdminStatus.INVALID_FIELD), ("reserved2", 1, AdminStatus.INVALID_FIELD)],
+     ("queue", 8, AdminStatus.INVALID_FIELD), ("reserved1", 1, AdminStatus.INVALID_FIELD),
+     ("doorbell", 8, AdminStatus.INVALID_FIELD), ("doorbell", HBM, AdminStatus.BAD_ADDRESS),
+     ("doorbell", 4096, AdminStatus.BAD_ADDRESS)],
 )
 def test_create_queue_refuses_what_it_cannot_serve(bare, field, value, status):
     params = np.zeros((), c.CREATE_QUEUE)

@@ -253,15 +253,15 @@ def test_ring_that_was_unmapped_kills_the_firmware_and_the_server_lives(driver):
 def test_identify(driver):
     assert driver.command(IDENTIFY, driver.spare) == (OK, 0, 0)
     page = np.frombuffer(driver.get(driver.spare, 512), IDENTIFY_PAGE)[0]
-    assert (page["contract_major"], page["contract_minor"], page["profile"]) == (1, 1, 0)
+    assert (page["contract_major"], page["contract_minor"], page["profile"]) == (1, 2, 0)
     assert page["model"].decode() == "MAIA small (emulated)"
     assert int(page["serial"], 16) == driver.client.read64(0x10)
     assert not page["reserved"].any()
 
 
 @pytest.mark.parametrize(("opcode", "count"), [
-    (IDENTIFY, 1), (DELETE_QUEUE, 1), (RESET_QUEUE, 2), (LOAD_PROGRAM, 4), (UNLOAD_PROGRAM, 1), (CREATE_CONTEXT, 2),
-    (DELETE_CONTEXT, 1), (SET_FEATURE, 2), (GET_FEATURE, 1), (ABORT, 2), (GET_LOG, 3),
+    (IDENTIFY, 1), (DELETE_QUEUE, 1), (RESET_QUEUE, 2), (LOAD_PROGRAM, 5), (UNLOAD_PROGRAM, 1), (CREATE_CONTEXT, 3),
+    (DELETE_CONTEXT, 2), (SET_FEATURE, 2), (GET_FEATURE, 1), (ABORT, 2), (GET_LOG, 3),
 ])
 def test_unused_parameters_and_flags_are_zero(driver, opcode, count):
     for used in range(count, 7):
@@ -287,7 +287,7 @@ def test_unreachable_addresses(driver, address):
 
 def test_pages_may_lie_in_hbm(driver):
     assert driver.command(IDENTIFY, HBM + 4096)[0] == OK
-    assert driver.client.read(BAR4, 4096, 4) == b"\1\0\1\0"
+    assert driver.client.read(BAR4, 4096, 4) == b"\1\0\2\0"
 
 
 def test_queues(driver):

@@ -144,7 +144,7 @@ def test_every_register_obeys_its_access_kinds(client, register):
 
 def test_identity(client):
     assert client.read(BAR0, 0, 4) == b"MAIA"
-    assert client.read32(4) == 1 << 16 | 1
+    assert client.read32(4) == 1 << 16 | 2
     assert client.read32(0x38) == 48
     assert client.read64(0x40) == 1 << 48
     assert client.read32(0x20) == 64 | 16 << 16 | 2 << 24

@@ -72,7 +72,7 @@ class BareQueue:
     """A queue written and read by hand."""
 
     def __init__(self, bare, number, *, entries_log2=6, reports_log2=6, initial=2**32 - 3, vector=c.NO_VECTOR,
-                 context=0, priority=0):
+                 context=0, priority=0, doorbell=False):
         self.bare = bare
         base = number * QUEUE_AREA
         params = np.zeros((), c.CREATE_QUEUE)
@@ -81,12 +81,15 @@ class BareQueue:
         params["entries_log2"], params["reports_log2"] = entries_log2, reports_log2
         params["vector"], params["queue"], params["context"] = vector, c.ANY_QUEUE, context
         params["priority"] = priority
+        params["doorbell"] = HOST + base + 0xE0000 if doorbell else 0
         self.id = bare.engine.create_queue(params.tobytes())
         self.entries = 1 << entries_log2
         self.ring = bare.host[base : base + 64 * self.entries].view(c.COMMAND)
         self.block = bare.host[base + 0x80000 : base + 0x80040].view(c.PROGRESS)
         self.reports = bare.host[base + 0xC0000 : base + 0xC0000 + (32 << reports_log2)].view(c.REPORT)
         self.page = bare.bar2[self.id * 1024 : self.id * 1024 + 1024]
+        if doorbell:
+            self.page = bare.host[base + 0xE0000 : base + 0xE1000].view(np.uint32)
         self.index = initial
 
     @property

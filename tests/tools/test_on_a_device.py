@@ -16,7 +16,7 @@ def test_info_as_json_has_a_schema_and_every_part(maia):
     data = json.loads(maia("info", "--json").stdout)
     assert (data["schema"], data["kind"]) == (1, "info")
     (device,) = data["devices"]
-    assert device["identity"]["contract"] == "1.1"
+    assert device["identity"]["contract"] == "1.2"
     assert device["capabilities"]["tiles"] == 4
     assert [bar["bar"] for bar in device["bars"]] == [0, 2, 4]
     assert device["queues"]["vectors"] == 65
