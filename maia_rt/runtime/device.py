@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import secrets
 import threading
@@ -24,6 +25,7 @@ from maia_rt._fast.ring import Account
 from maia_rt.contract.commands import PostOp
 from maia_rt.contract.injection import Injection
 from maia_rt.contract.program import Image
+from maia_rt.contract.registers import BAR0, BootState
 from maia_rt.errors import ClosedError, ForkedError, InvalidArgument, InvalidType, MaiaError
 from maia_rt.firmware import Capabilities, Firmware, Identity
 from maia_rt.memory import PinnedPool, SpaceStatistics
@@ -40,6 +42,7 @@ from maia_rt.runtime.graph import Graph
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_file import load
 from maia_rt.runtime.hang import HangReport, examine, go_live, on_timeout
+from maia_rt.runtime.hold import Hold
 from maia_rt.runtime.host_buffer import HostBuffer
 from maia_rt.runtime.in_use import Reader, Use, find_use, wait_for_use
 from maia_rt.runtime.message_service import MessageService
@@ -55,6 +58,7 @@ from maia_rt.runtime.stream import Stream
 from maia_rt.runtime.validation import Validator
 from maia_rt.transport import Transport
 
+_log = logging.getLogger(__name__)
 _POOL_KEEPS = 64 << 20
 _CLOSE_SECONDS = 2.0
 
@@ -70,15 +74,19 @@ class Device:
         A PCI address, a socket path, or ``emulated``.
     timeout : float
         How long streams and waits have, in seconds, unless they are told otherwise.
+    found : str
+        What was wrong with the device when it was opened, because whoever had it last was killed; empty where it was
+        in order. It was reset before use, and a warning was logged.
     """
 
     def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
                  timeout: float = DEFAULT_TIMEOUT, *, validate: bool = False, sites: bool = True,
-                 max_queues: int | None = None) -> None:
+                 max_queues: int | None = None, hold: Hold | None = None) -> None:
         # What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`.
         self._validator = Validator() if validate else None
         self._transport = transport
         self._emulator = emulator
+        self._hold = hold
         self._lock = threading.RLock()
         self._closed = False
         self._running = False
@@ -106,6 +114,7 @@ class Device:
         self._reclaimer = Reclaimer(lambda: list(self._queues))
         try:
             self._firmware = Firmware(transport)
+            self.found = self._look_around()
             self._pool = PinnedPool(transport, address_bits=self._firmware.capabilities.host_address_bits)
             self._firmware.boot(self._pool)
             self._identity = self._firmware.identify()
@@ -115,6 +124,19 @@ class Device:
         self._forget_contents()
         self._running = True
         self._live = go_live(self)
+
+    def _look_around(self) -> str:
+        """Say what the last holder left behind that did not close the device; the boot that follows resets it."""
+        traces = []
+        if self._hold is not None and self._hold.died is not None:
+            traces.append(f"its last holder ended without closing it: {self._hold.died}")
+        state = BAR0["STATUS"].get(self._firmware.register("STATUS"), "BOOT")
+        if state != BootState.RESET:
+            name = BootState(state).name if state in set(BootState) else str(state)
+            traces.append(f"its firmware was in state {name}, not RESET")
+        if traces:
+            _log.warning("%s: %s; it is reset before use", self.name, " and ".join(traces))
+        return " and ".join(traces)
 
     def _forget_contents(self) -> None:
         capabilities = self._firmware.capabilities
@@ -573,6 +595,8 @@ class Device:
             self._transport.close()
             if self._emulator is not None:
                 self._emulator.close()
+            if self._hold is not None:
+                self._hold.release()
 
     def _close_children(self, *, keep_host: bool) -> None:
         """Close all children of a device that no longer runs."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from maia_rt.contract.function import DEVICE_ID, VENDOR_ID
-from maia_rt.errors import DeviceNotFound, InvalidArgument, InvalidType
+from maia_rt.errors import DeviceBusy, DeviceNotFound, InvalidArgument, InvalidType
 from maia_rt.pci import PciAddress, functions
 from maia_rt.queue import DEFAULT_TIMEOUT
 from maia_rt.runtime import check
 from maia_rt.runtime.device import Device
 from maia_rt.runtime.embedded import EmbeddedEmulator
+from maia_rt.runtime.hold import busy, holder_of, take_hold
 from maia_rt.transport import Transport
 from maia_rt.transport.kernel import KernelDevice
 from maia_rt.transport.vfio_user import VfioUserClient
@@ -121,7 +122,7 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     DeviceNotFound
         There is no such device, or none at all.
     DevicePermission, DeviceBusy
-        It may not be opened, or somebody else has it.
+        It may not be opened, or somebody else has it; the text names the holder where this user may know.
     ContractMismatch
         It is none of ours, or speaks another major version.
     FirmwareError, DeviceTimeout, DeviceLost
@@ -139,8 +140,15 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
     check.instance(validate, bool, "validate")
-    transport, emulator = connect(selector)
-    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues)
+    chosen = _choose(selector)
+    hold = None if chosen == EMULATED else take_hold(chosen, chosen)
+    try:
+        transport, emulator = connect(chosen)
+    except BaseException:
+        if hold is not None:
+            hold.release()
+        raise
+    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues, hold=hold)
 
 
 def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Transport, EmbeddedEmulator | None]:
@@ -161,9 +169,15 @@ def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Trans
     if chosen == EMULATED:
         emulator = EmbeddedEmulator()
         return emulator.transport, emulator
-    if "/" in chosen or os.path.exists(chosen):
-        return VfioUserClient.connect(chosen), None
-    return KernelDevice.open(chosen), None
+    try:
+        if "/" in chosen or os.path.exists(chosen):
+            return VfioUserClient.connect(chosen), None
+        return KernelDevice.open(chosen), None
+    except DeviceBusy as error:
+        holder = holder_of(chosen)
+        if holder is None or holder.pid == os.getpid():
+            raise
+        raise busy(chosen, holder) from error
 
 
 def _choose(selector: int | str | os.PathLike[str] | None) -> str:
