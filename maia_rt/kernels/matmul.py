@@ -100,9 +100,9 @@ def plan(m: int, n: int, k: int, width: float, sram_bytes: int, extra_row_bytes:
 
 
 def matmul(capabilities: Capabilities, m: int, n: int, k: int, *, bias: bool = False, gelu: bool = False,
-           transpose_b: bool = False, dtype: Dtype = Dtype.FP32, result: Dtype | None = None,
-           name: str = "matmul") -> KernelImage:
-    """``y = a @ b``, with bias and GELU where asked for.
+           relu: bool = False, transpose_a: bool = False, transpose_b: bool = False, dtype: Dtype = Dtype.FP32,
+           result: Dtype | None = None, name: str = "matmul") -> KernelImage:
+    """``y = a @ b``, with bias and GELU or ReLU where asked for.
 
     Parameters
     ----------
@@ -114,6 +114,11 @@ def matmul(capabilities: Capabilities, m: int, n: int, k: int, *, bias: bool = F
         Add a row to every row of the product.
     gelu : bool
         Then apply ``x / 2 * (1 + erf(x / sqrt 2))``.
+    relu : bool
+        Or ``max(x, 0)``.
+    transpose_a : bool
+        a is stored as (k, m): with a layer's input as a and the gradient of its output as b, the product is the
+        gradient of its weights.
     transpose_b : bool
         b is stored as (n, k), as linear layers store their weights.
     dtype : Dtype
@@ -134,13 +139,16 @@ def matmul(capabilities: Capabilities, m: int, n: int, k: int, *, bias: bool = F
     ProgramError
         SRAM does not hold the smallest blocks.
     InvalidType
-        Types that do not go together: see ``dtype`` and ``result``; GELU of integers.
+        Types that do not go together: see ``dtype`` and ``result``; GELU or ReLU of integers.
     InvalidArgument
-        A k that is no multiple of 32 with an MX type.
+        A k that is no multiple of 32 with an MX type; GELU and ReLU at once.
     """
-    result = _result(dtype, result, k, transpose_b=transpose_b, gelu=gelu, name=name)
+    if gelu and relu:
+        raise InvalidArgument(f"kernel {name!r}: GELU and ReLU at once", hint="choose one")
+    result = _result(dtype, result, k, transpose_a=transpose_a, transpose_b=transpose_b, activated=gelu or relu,
+                     name=name)
     builder = KernelBuilder(name, capabilities)
-    a = builder.argument("a", ArgKind.IN, dtype, (m, k))
+    a = builder.argument("a", ArgKind.IN, dtype, (k, m) if transpose_a else (m, k))
     b = builder.argument("b", ArgKind.IN, dtype, (n, k) if transpose_b else (k, n))
     row = builder.argument("bias", ArgKind.IN, result, (n,)) if bias else None
     y = builder.argument("y", ArgKind.OUT, result, (m, n))
@@ -149,25 +157,29 @@ def matmul(capabilities: Capabilities, m: int, n: int, k: int, *, bias: bool = F
     for column_span in shares(n, column_parts, 16):
         for row_span in shares(m, row_parts):
             _write_share(builder.tile(number), row_span, column_span, blocking, a, b, row, y,
-                         transpose_b=transpose_b, gelu=gelu)
+                         transpose_a=transpose_a, transpose_b=transpose_b, gelu=gelu, relu=relu)
             number += 1
     return builder.build()
 
 
-def _result(dtype: Dtype, result: Dtype | None, k: int, *, transpose_b: bool, gelu: bool, name: str) -> Dtype:
+def _result(dtype: Dtype, result: Dtype | None, k: int, *, transpose_a: bool, transpose_b: bool, activated: bool,
+            name: str) -> Dtype:
     """The type of the result, once the types go together."""
     integers = dtype is Dtype.INT8
     narrow = dtype in MX_DTYPES or dtype in (Dtype.FP8_E4M3, Dtype.FP8_E5M2)
     if result is None:
         result = Dtype.INT32 if integers else Dtype.FP32 if narrow else dtype
     if dtype in (Dtype.INT32, Dtype.UINT8) or result in MX_DTYPES or result in (Dtype.INT8, Dtype.UINT8) or (
-            integers != (result is Dtype.INT32)) or (integers and gelu):
-        raise InvalidType(f"kernel {name!r}: {dtype.name} into {result.name}{' with GELU' if gelu else ''}",
+            integers != (result is Dtype.INT32)) or (integers and activated):
+        raise InvalidType(f"kernel {name!r}: {dtype.name} into {result.name}{', activated' if activated else ''}",
                           cause="factors are floating types or INT8; INT8 goes into INT32, all else into FP32, FP16, "
                           "BF16 or FP8", hint="convert with maia_rt.kernels.convert")
     if dtype in MX_DTYPES and not transpose_b:
         raise InvalidType(f"kernel {name!r}: b in {dtype.name} stored as (k, n)", cause="MX blocks run along k",
                           hint="store b as (n, k) and pass transpose_b=True")
+    if dtype in MX_DTYPES and transpose_a:
+        raise InvalidType(f"kernel {name!r}: a in {dtype.name} stored as (k, m)", cause="MX blocks run along k",
+                          hint="store a as (m, k)")
     if dtype in MX_DTYPES and k % MX_BLOCK:
         raise InvalidArgument(f"kernel {name!r}: k is {k}", cause=f"MX rows are blocks of {MX_BLOCK}")
     return result
@@ -201,18 +213,19 @@ def _grid(capabilities: Capabilities, m: int, n: int, k: int, dtype: Dtype, resu
 
 
 def _write_share(tile: TileBuilder, row_span: Span, column_span: Span, blocking: Blocking, a: View, b: View,
-                 bias: View | None, y: View, *, transpose_b: bool, gelu: bool) -> None:
+                 bias: View | None, y: View, *, transpose_a: bool, transpose_b: bool, gelu: bool, relu: bool) -> None:
     """One tile's part: these rows by these columns."""
     row_blocks = blocks(*row_span, blocking.rows)
     column_blocks = blocks(*column_span, blocking.columns)
     grain = MX_BLOCK if a.dtype in MX_DTYPES else 1
+    k = a.shape[0 if transpose_a else 1]
     depth_blocks = [(first * grain, last * grain)
-                    for first, last in blocks(0, a.shape[1] // grain, blocking.depth // grain)]
+                    for first, last in blocks(0, k // grain, blocking.depth // grain)]
     rows, columns, depth = (largest(spans) for spans in (row_blocks, column_blocks, depth_blocks))
     once = len(depth_blocks) == 1
     b_ring = tile.ring(1 if once and len(column_blocks) == 1 else 2,
                        (columns, depth) if transpose_b else (depth, columns), b.dtype)
-    a_ring = tile.ring(2, (rows, depth), a.dtype)
+    a_ring = tile.ring(2, (depth, rows) if transpose_a else (rows, depth), a.dtype)
     sums = tile.ring(2, (rows, columns), Dtype.INT32 if a.dtype is Dtype.INT8 else Dtype.FP32)
     results = sums if y.dtype in (Dtype.FP32, Dtype.INT32) else tile.ring(2, (rows, columns), y.dtype)
     first, last = column_span
@@ -230,21 +243,27 @@ def _write_share(tile: TileBuilder, row_span: Span, column_span: Span, blocking:
             else:
                 held["b"] = b_ring.take()[: k1 - k0, : c1 - c0]
                 tile.move(held["b"], b[k0:k1, c0:c1])
-        return _load_rows(tile, a_ring.take(), a[r0:r1], (k0, k1)), held["b"]
+        if not transpose_a:
+            return _load_rows(tile, a_ring.take(), a[r0:r1], (k0, k1)), held["b"]
+        block = a_ring.take()[: k1 - k0, : r1 - r0]
+        tile.move(block, a[k0:k1, r0:r1])
+        return block, held["b"]
 
     def run(item: tuple[Span, Span, Span], loaded: tuple[View, View]) -> None:
         (c0, c1), (r0, r1), (k0, k1) = item
         if k0 == 0:
             held["sum"] = sums.take()[: r1 - r0, : c1 - c0]
         total = held["sum"]
-        tile.matmul(total, *loaded, accumulate=k0 > 0, transpose_b=transpose_b)
-        if k1 < a.shape[1]:
+        tile.matmul(total, *loaded, accumulate=k0 > 0, transpose_a=transpose_a, transpose_b=transpose_b)
+        if k1 < k:
             return
         result = total if results is sums else results.take()[: r1 - r0, : c1 - c0]
         if row is not None:
-            tile.add(total if gelu else result, total, row[c0 - first : c1 - first])
+            tile.add(total if gelu or relu else result, total, row[c0 - first : c1 - first])
         if gelu:
             tile.gelu(result, total)
+        elif relu:
+            tile.relu(result, total)
         elif row is None and result is not total:
             tile.convert(result, total)
         tile.move(y[r0:r1, c0:c1], result)

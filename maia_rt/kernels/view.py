@@ -85,6 +85,12 @@ class View:
         return View(self.space, self.index, self.offset, Dtype.UINT8,
                     (*self.shape[:-1], row_bytes(self.dtype, self.shape[-1])), (*self.strides[:-1], 1), self.allocation)
 
+    def bits(self, dtype: Dtype) -> View:
+        """The same bytes as another type of the same width: FP32 as INT32, whose sums move exponents."""
+        if dtype in MX_DTYPES or self.dtype in MX_DTYPES or WIDTHS[dtype] != self.width:
+            raise InvalidArgument(f"{self!r} has no bits of {dtype.name}", cause="the types differ in width")
+        return View(self.space, self.index, self.offset, dtype, self.shape, self.strides, self.allocation)
+
     def first(self, *shape: int) -> View:
         """The start of a piece of SRAM as a smaller array: C order, no gaps. What a block of MX rows is cut down by."""
         strides = contiguous_strides(shape, self.dtype)

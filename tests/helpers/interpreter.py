@@ -224,9 +224,11 @@ class Interpreter:
             return
         if opcode in (MacroOp.ADD, MacroOp.SUB, MacroOp.MUL):
             b = self._floats(tile, op, B, planes, rows, columns)
-            out = {MacroOp.ADD: np.add, MacroOp.SUB: np.subtract, MacroOp.MUL: np.multiply}[opcode](a, b)
+            with np.errstate(over="ignore"):  # past the largest number lies infinity
+                out = {MacroOp.ADD: np.add, MacroOp.SUB: np.subtract, MacroOp.MUL: np.multiply}[opcode](a, b)
         elif opcode is MacroOp.SCALE:
-            out = s0 * a + np.float32(self._scalar(op, 1))
+            with np.errstate(over="ignore"):
+                out = s0 * a + np.float32(self._scalar(op, 1))
         elif opcode is MacroOp.CONVERT:
             out = a
         elif opcode is MacroOp.GELU:

@@ -31,6 +31,9 @@ class Launcher(Protocol):
     def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
         """Launch with the IN arguments given, in order; returns what is in the only OUT argument."""
 
+    def launch_all(self, kernel: KernelImage, *inputs: np.ndarray | float) -> dict[str, np.ndarray]:
+        """Launch with all but the OUT arguments given, in order; returns OUT and INOUT arguments by name."""
+
 
 @dataclass
 class InterpreterLauncher:
@@ -40,12 +43,16 @@ class InterpreterLauncher:
     seed: int = 0
 
     def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
+        (out,) = self.launch_all(kernel, *inputs).values()
+        return out
+
+    def launch_all(self, kernel: KernelImage, *inputs: np.ndarray | float) -> dict[str, np.ndarray]:
         image = program.read(program.write([kernel]))
         verifier.verify(image, self.capabilities)
-        arrays, out = arguments(kernel, inputs)
+        arguments = prepared(kernel, inputs)
         self.seed += 1
-        interpreter.run(image.kernels[0], arrays, self.seed)
-        return out
+        interpreter.run(image.kernels[0], arguments, self.seed)
+        return written(kernel, arguments)
 
 
 class DeviceLauncher:
@@ -57,16 +64,24 @@ class DeviceLauncher:
         self.stream = device.create_stream()
 
     def launch(self, kernel: KernelImage, *inputs: np.ndarray) -> np.ndarray:
-        arrays, out = arguments(kernel, inputs)
+        (out,) = self.launch_all(kernel, *inputs).values()
+        return out
+
+    def launch_all(self, kernel: KernelImage, *inputs: np.ndarray | float) -> dict[str, np.ndarray]:
+        arguments = prepared(kernel, inputs)
         with contextlib.ExitStack() as stack:
             loaded = stack.enter_context(self.device.load(program.write([kernel])))
-            buffers = [stack.enter_context(self.device.allocate(a.shape, a.dtype)) for a in arrays]
-            for buffer, array in zip(buffers, arrays, strict=True):
-                self.stream.copy(buffer, array)
-            self.stream.launch(loaded[kernel.name], *buffers)
-            self.stream.copy(out, next(b for b, a in zip(buffers, arrays, strict=True) if a is out))
+            given = [stack.enter_context(self.device.allocate(a.shape, a.dtype)) if isinstance(a, np.ndarray) else a
+                     for a in arguments]
+            for buffer, array in zip(given, arguments, strict=True):
+                if isinstance(array, np.ndarray):
+                    self.stream.copy(buffer, array)
+            self.stream.launch(loaded[kernel.name], *given)
+            for buffer, array, arg in zip(given, arguments, kernel.args, strict=True):
+                if arg.kind in (ArgKind.OUT, ArgKind.INOUT):
+                    self.stream.copy(array, buffer)
             self.stream.synchronize()
-        return out
+        return written(kernel, arguments)
 
     def __enter__(self) -> DeviceLauncher:
         # Pinned memory for staging is made at the first copies: have it before anybody counts maps.
@@ -83,17 +98,32 @@ class DeviceLauncher:
         self.stream.close()
 
 
-def arguments(kernel: KernelImage, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """All arguments of a kernel, its OUT argument full of ones' bytes, and that argument."""
+def prepared(kernel: KernelImage, inputs: Sequence[np.ndarray | float]) -> list[np.ndarray | float]:
+    """All arguments of a kernel; OUT arguments are full of ones' bytes, INOUT arguments are copies."""
     given = iter(inputs)
-    arrays = []
-    out = np.zeros(0)
+    arguments: list[np.ndarray | float] = []
     for arg in kernel.args:
         if arg.kind is ArgKind.OUT:
-            out = np.frombuffer(bytearray(b"\xff" * arg.nbytes), NUMPY_DTYPES[arg.dtype]).reshape(arg.array_shape)
-            arrays.append(out)
+            arguments.append(np.frombuffer(bytearray(b"\xff" * arg.nbytes),
+                                           NUMPY_DTYPES[arg.dtype]).reshape(arg.array_shape))
+        elif arg.kind is ArgKind.SCALAR:
+            arguments.append(float(next(given)))
         else:
-            array = np.ascontiguousarray(next(given), NUMPY_DTYPES[arg.dtype])
+            array = np.array(next(given), NUMPY_DTYPES[arg.dtype], order="C")
             assert array.shape == arg.array_shape, f"{arg.name}: {array.shape}, not {arg.array_shape}"
-            arrays.append(array)
-    return arrays, out
+            arguments.append(array)
+    assert next(given, None) is None, "more inputs than the kernel takes"
+    return arguments
+
+
+def written(kernel: KernelImage, arguments: Sequence[np.ndarray | float]) -> dict[str, np.ndarray]:
+    """What a kernel may have written, by the names of its arguments."""
+    return {arg.name: array for arg, array in zip(kernel.args, arguments, strict=True)
+            if arg.kind in (ArgKind.OUT, ArgKind.INOUT) and isinstance(array, np.ndarray)}
+
+
+def arguments(kernel: KernelImage, inputs: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """All arguments of a kernel that takes buffers, and the only one that it writes."""
+    arrays = prepared(kernel, inputs)
+    (out,) = written(kernel, arrays).values()
+    return [np.asarray(a) for a in arrays], out
