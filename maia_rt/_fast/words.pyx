@@ -109,7 +109,7 @@ cdef class SharedWords:
         self.base = <uint8_t *>self.view.buf
         self.size = self.view.len
         self.name = name
-        if <uint64_t>self.base % 8:
+        if self.size and <uint64_t>self.base % 8:
             raise InvalidArgument(f"{name}: words need memory aligned to 8 bytes", cause="it is a slice that starts "
                                   "elsewhere", hint="slice at a multiple of 8")
         self.state = OPEN

@@ -73,10 +73,10 @@ class Programs(RuleBasedStateMachine):
         self.written = [{} for _ in self.memories]
         self.read = [{} for _ in self.memories]
         self.events = []
-        self.semaphore = self.device.create_semaphore(self.start)
+        # One for each stream that signals: another one's signal would let a wait through before its time.
+        self.semaphores = [self.device.create_semaphore(self.start) for _ in range(STREAMS)]
         self.graphs = []
-        self.signalled = 0
-        self.signallers = defaultdict(int)
+        self.signalled = [0] * STREAMS
         for memory in range(len(self.memories)):
             self.fill(0, memory, 0.0)
 
@@ -219,15 +219,15 @@ class Programs(RuleBasedStateMachine):
         track, other = self.tracks[at], self.tracks[to]
         if track.failed or at == to:
             return
-        track.stream.signal(self.semaphore)
-        self.signalled += 1
-        self.join(self.signallers, track.clock)
-        value = self.start + self.signalled & 0xFFFFFFFF
+        semaphore = self.semaphores[at]
+        track.stream.signal(semaphore)
+        self.signalled[at] += 1
+        value = self.start + self.signalled[at] & 0xFFFFFFFF
         try:
-            self.attempt(other, lambda: other.stream.wait(self.semaphore, value))
+            self.attempt(other, lambda: other.stream.wait(semaphore, value))
         except OutOfQueues:  # somebody else waits so, and one queue must stay open to all
             return
-        self.order(other, self.signallers)
+        self.order(other, track.clock)
 
     @precondition(lambda self: self.events)
     @rule(at=streams, which=st.integers(0))
@@ -317,7 +317,8 @@ class Programs(RuleBasedStateMachine):
                 graph.close()
             for memory in self.memories:
                 memory.close()
-            self.semaphore.close()
+            for semaphore in self.semaphores:
+                semaphore.close()
 
 
 @pytest.mark.timeout(3600)
