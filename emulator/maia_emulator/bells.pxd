@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 cdef enum:
     BELL_BYTES = 4096       # of each file, behind its BAR
@@ -17,4 +17,3 @@ cdef struct bell_t:         # page aligned, zero but for what is said
 
 cdef void ring(bell_t *bell, uint32_t part) noexcept nogil
 cdef void rouse(bell_t *bell) noexcept nogil
-cdef void doze(bell_t *bell, uint32_t seen, int64_t limit_ns) noexcept nogil

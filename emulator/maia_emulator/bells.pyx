@@ -19,12 +19,11 @@ ring where nobody listens.
 import os
 import struct
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport uint32_t
 
 from maia_emulator.support cimport add32, and32, full_fence, load32
 
 cdef extern from "futex.h" nogil:
-    void futex_wait(uint32_t *word, uint32_t seen, int64_t limit_ns)
     void futex_wake(uint32_t *word)
 
 HEAD = struct.Struct("<Q16sI")
@@ -59,8 +58,3 @@ cdef void rouse(bell_t *bell) noexcept nogil:
     """Wake a device, or keep it from going to sleep."""
     add32(&bell.rings, 1)
     futex_wake(&bell.rings)
-
-
-cdef void doze(bell_t *bell, uint32_t seen, int64_t limit_ns) noexcept nogil:
-    """Sleep until the bell has been rung since it showed ``seen``, or for ``limit_ns``; -1 is without limit."""
-    futex_wait(&bell.rings, seen, limit_ns)

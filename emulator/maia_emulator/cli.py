@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Final
 
 from maia_emulator.function import Function
+from maia_emulator.processor import Processor
 from maia_emulator.profiles import PROFILES, Profile
 from maia_emulator.server import ListeningSocket, Server, ServerError
 from maia_rt.contract.commands import MAX_INJECTIONS
@@ -69,10 +70,12 @@ def _run(options: argparse.Namespace) -> int:
         cleanup.callback(os.close, done)
         cleanup.enter_context(_signals_wake(done))
         servers = []
+        processor = Processor()
         for number, end in enumerate(ends):
             function = Function(
                 _profile(options), seed=options.seed, number=number, workers=options.workers,
                 vendor_id=options.vendor_id, device_id=options.device_id, injections=injections,
+                processor=processor,
             )
             server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
             cleanup.callback(server.stop)

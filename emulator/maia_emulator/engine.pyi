@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable
 
 from maia_emulator.interrupts import Vectors
 from maia_emulator.memory import DeviceMemory
+from maia_emulator.processor import Processor
 from maia_emulator.tiles import Tiles
 from maia_rt.contract.commands import AdminStatus
 from maia_rt.contract.program import Image
@@ -31,6 +32,7 @@ class Engine:
     def __init__(
         self, *, clusters: int, tiles_per_cluster: int, tile_sram_bytes: int, cluster_sram_bytes: int, hbm_bytes: int,
         max_queues: int, semaphores: int, vectors: int, workers: int = 0, spin_us: int = 100, seed: int = 0,
+        processor: Processor | None = None,
     ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

@@ -5,7 +5,6 @@ vectors, and the threads: one command processor and the tile workers.
 """
 
 import os
-import threading
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from maia_emulator.bells cimport BELL_BYTES, PART_DOORBELLS
 from maia_emulator.injections cimport armed_t, trip
 from maia_emulator.interrupts cimport Vectors
 from maia_emulator.memory cimport MAX_RANGES, DeviceMemory, context_t
+from maia_emulator.processor cimport Processor
 from maia_emulator.queue_state cimport MAX_IN_FLIGHT, in_flight_t, queue_t, writer_t
 from maia_emulator.queues cimport FrontEnd
 from maia_emulator.strikes cimport let_go, strike
@@ -36,6 +36,7 @@ from maia_emulator.support cimport (
     swap_if32,
 )
 from maia_emulator.tiles cimport Tiles, fill_kernel, free_kernel
+from maia_emulator.watch cimport watch_t
 from maia_rt._fast.commands cimport (
     ANY_QUEUE,
     FAULT_ABORTED,
@@ -100,6 +101,8 @@ cdef class Engine:
         Microseconds without work after which the command processor sleeps.
     seed : int
         Draws the order of a tile's engines; 0 keeps it fixed.
+    processor : Processor, optional
+        The threads that look after the queues: several devices of a process share them. Else a thread of its own.
     """
 
     cdef readonly DeviceMemory memory
@@ -111,14 +114,15 @@ cdef class Engine:
     cdef readonly uint64_t semaphore_window_offset
     cdef char *bar2
     cdef context_t *contexts
-    cdef object thread
+    cdef Processor processor
+    cdef bint started
     cdef dict features
     cdef tuple permanent
     cdef dict added
 
     def __cinit__(self, *, uint32_t clusters, uint32_t tiles_per_cluster, uint32_t tile_sram_bytes,
                   uint32_t cluster_sram_bytes, uint64_t hbm_bytes, uint32_t max_queues, uint32_t semaphores,
-                  int vectors, int workers=0, uint32_t spin_us=100, uint64_t seed=0):
+                  int vectors, int workers=0, uint32_t spin_us=100, uint64_t seed=0, Processor processor=None):
         cdef void *memory
         self.bar2_fd = -1
         self.contexts = <context_t *> calloc(MAX_CONTEXTS, sizeof(context_t))
@@ -142,6 +146,7 @@ cdef class Engine:
         self.front = FrontEnd(self.memory, self.tiles, self.vectors, max_queues=max_queues, semaphores=semaphores,
                               max_kernels=MAX_KERNELS, tiles_per_cluster=tiles_per_cluster, spin_us=spin_us,
                               bar2_address=<size_t> self.bar2, bell_address=<size_t> self.bar2 + self.bar2_bytes)
+        self.processor = processor or Processor()
         self.front.counted_from = clock_ns()
         self.features = {}
         self.permanent = ()
@@ -159,21 +164,17 @@ cdef class Engine:
 
     def start(self):
         """Start the threads."""
-        store32(&self.front.stopping, 0)
         self.tiles.begin()
-        self.thread = threading.Thread(target=self.front.run, name="command-processor", daemon=True)
-        self.thread.start()
+        self.processor.enter(self.front)
+        self.started = True
 
     def stop(self):
         """End and join the threads. Idempotent."""
-        if self.thread is not None:
+        if self.started:
             self.clear()
-            self.front.stop()
-            while self.thread.is_alive():
-                self.front.wake()       # again, for a client may have written into the bell
-                self.thread.join(0.1)
-            self.thread = None
+            self.processor.leave(self.front)
             self.tiles.end()
+            self.started = False
 
     def reset(self):
         """Function reset: no queue, context or program is left; memory reads as zero. DMA mappings stay."""
@@ -185,6 +186,7 @@ cdef class Engine:
         """CONTROL.ENABLE 1 -> 0: no queue, context or program is left; counters, semaphores and log start anew."""
         cdef uint32_t i
         cdef FrontEnd front = self.front
+        cdef watch_t *watch
         with nogil:
             front.take()
             for i in range(front.max_queues):
@@ -205,7 +207,9 @@ cdef class Engine:
             front.gone = False
             memset(front.writers, 0, front.semaphore_count * sizeof(writer_t))
             memset(&front.counters, 0, sizeof(counters_t))
+            watch = front.traffic.watch
             memset(&front.traffic, 0, sizeof(front.traffic))
+            front.traffic.watch = watch
             front.counted_from = clock_ns()
             front.fault_count = 0
             store32(&front.errors, 0)

@@ -15,6 +15,7 @@ from maia_emulator.firmware import Firmware
 from maia_emulator.injections import DIED, FELL_SILENT, HUNG_UP, WENT
 from maia_emulator.irqs import IrqIndex, LineIrq, MsixIrq
 from maia_emulator.message_dma import MessageDma
+from maia_emulator.processor import Processor
 from maia_emulator.profiles import Profile
 from maia_emulator.regions import ConfigRegion, DoorbellBar, HbmBar, Region, RegisterBar, Removed
 from maia_emulator.register_file import RegisterFile
@@ -43,6 +44,8 @@ class Function:
         How long an idle engine watches doorbells before it sleeps, in microseconds.
     injections : sequence of Injection
         Armed from the start, and again after each reset.
+    processor : Processor, optional
+        The threads that look after queues, for several devices to share.
 
     Attributes
     ----------
@@ -53,6 +56,7 @@ class Function:
     def __init__(
         self, profile: Profile, *, seed: int = 0, number: int = 0, workers: int = 0, spin_us: int = 100,
         vendor_id: int = VENDOR_ID, device_id: int = DEVICE_ID, injections: Sequence[Injection] = (),
+        processor: Processor | None = None,
     ) -> None:
         serial = serial_number(seed, number)
         self.engine = Engine(
@@ -60,6 +64,7 @@ class Function:
             tile_sram_bytes=profile.tile_sram_bytes, cluster_sram_bytes=profile.cluster_sram_bytes,
             hbm_bytes=profile.hbm_bytes, max_queues=profile.max_queues, semaphores=profile.semaphores,
             vectors=profile.vectors, workers=workers, spin_us=spin_us, seed=seed,
+            processor=processor,
         )
         for fd in (self.engine.bar2_fd, self.engine.hbm_fd):
             # A client gets these descriptors: it may not cut off what our engines touch.

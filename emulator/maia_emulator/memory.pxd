@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from maia_emulator.dma cimport DmaTable
+from maia_emulator.watch cimport watch_t
 
 cdef enum:
     MAX_RANGES = 8
@@ -35,6 +36,7 @@ cdef struct traffic_t:
     uint64_t device_to_device
     uint64_t host_to_host
     uint64_t messages
+    watch_t *watch          # of a thread that looks after queues; else NULL
 
 cdef class DeviceMemory:
     cdef readonly DmaTable dma

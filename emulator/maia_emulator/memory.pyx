@@ -14,6 +14,7 @@ from maia_emulator.bells import imprint
 from maia_emulator.bells cimport BELL_BYTES, PART_HBM
 from maia_emulator.dma cimport DMA_READ, DMA_WRITE, DmaTable
 from maia_emulator.support cimport pthread_rwlock_rdlock, pthread_rwlock_unlock
+from maia_emulator.watch cimport step_aside, step_back, watch_t
 from maia_rt._fast.commands cimport FAULT_ADDRESS, FAULT_CONTEXT
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -244,7 +245,10 @@ cdef class DeviceMemory:
                         traffic_t *traffic) noexcept nogil:
         """Ask the client to read or write its own memory. Gives the table's lock back meanwhile."""
         cdef int fault = 0
+        cdef watch_t *watch = traffic.watch if traffic != NULL else NULL
         pthread_rwlock_unlock(&self.dma.lock)
+        if watch != NULL:
+            step_aside(watch)
         with gil:
             try:
                 if write:
@@ -256,6 +260,8 @@ cdef class DeviceMemory:
                     memcpy(buffer, <const char *> data, size)
             except (OSError, TypeError):  # TypeError: nobody listens for messages any more
                 fault = FAULT_ADDRESS
+        if watch != NULL:
+            step_back(watch)
         pthread_rwlock_rdlock(&self.dma.lock)
         if traffic != NULL:
             traffic.messages += 1

@@ -16,12 +16,28 @@ cdef enum:                  # what a step did
     YIELDED = 2
     FAILED = 3
 
+cdef enum:                  # what `serve` found; a sum
+    WORKED = 1
+    LONG = 2                # there is more of it
+    AWAKE = 4
+    BUSY = 8                # somebody else holds it
+    PEERS = 16              # with AWAKE: it reaches other devices
+
 cdef enum:                  # ERRORS
     ERROR_FAULT = 1
     ERROR_WATCHDOG = 8
     ERROR_LOG_OVERFLOW = 16
 
 cdef bint satisfied(semaphore_op_t *op, uint32_t value) noexcept nogil
+
+cdef struct nap_t:
+    bint asleep
+    uint32_t *word          # of the bell
+    uint32_t seen
+    uint64_t look_at
+
+cdef int serve(FrontEnd front, uint64_t *now) noexcept nogil
+cdef void nap_of(FrontEnd front, nap_t *nap) noexcept nogil
 
 cdef class FrontEnd:
     cdef readonly DeviceMemory memory
@@ -41,7 +57,12 @@ cdef class FrontEnd:
     cdef uint32_t tiles_per_cluster
     cdef pthread_mutex_t control
     cdef uint32_t waiting       # threads that want ``control``
-    cdef uint32_t stopping
+    cdef bint left              # the processor serves it no more
+    cdef bint asleep            # by itself: looked at when rung, or when its time has come
+    cdef uint32_t seen          # the bell then
+    cdef uint64_t look_at
+    cdef uint64_t idle_since
+    cdef bint yielded           # in this round a command went on in pieces
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
     cdef uint32_t sleep_number
     cdef bell_t *bell
@@ -65,9 +86,11 @@ cdef class FrontEnd:
     cdef uint32_t level         # priority of the queue that this round is at
     cdef uint32_t claims        # clusters that launches of that priority wait for
     cdef uint32_t claimed       # and those of larger ones
-    cdef void loop(self) noexcept nogil
+    cdef int attend(self) noexcept nogil
     cdef bint round(self) noexcept nogil
-    cdef void sleep(self) noexcept nogil
+    cdef bint lie_down(self) noexcept nogil
+    cdef void get_up(self) noexcept nogil
+    cdef uint64_t next_look(self) noexcept nogil
     cdef void take(self) noexcept nogil
     cdef void give(self) noexcept nogil
     cdef bint service(self, queue_t *q) noexcept nogil

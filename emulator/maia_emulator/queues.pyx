@@ -1,16 +1,16 @@
-"""The command processor: one thread that watches the doorbells and runs the queues.
+"""The command processor of a device: it watches the doorbells and runs the queues, on a thread of `Processor`.
 
 For each queue it fetches the next command (once), checks it, waits for its barrier, report room, semaphores and tiles,
 runs it, posts its semaphores and moves progress on. Launches run on the tiles meanwhile; everything else runs here,
-long copies a piece a turn. When nothing moves for a while it sleeps until a doorbell's writer, a tile or another thread
-wakes it.
+long copies a piece a turn. When nothing moves for a while it sleeps until a doorbell's writer, a tile, a peer or
+another thread wakes it.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from maia_emulator.bells cimport PART_DOORBELLS, PART_HBM, bell_t, doze, rouse
+from maia_emulator.bells cimport PART_DOORBELLS, PART_HBM, bell_t, rouse
 from maia_emulator.commands cimport as_fetched, check_command, check_confined, run_command
 from maia_emulator.injections cimport Injections
 from maia_emulator.interrupts cimport Vectors
@@ -42,16 +42,17 @@ from maia_emulator.queue_state cimport (
 from maia_emulator.strikes cimport corrupt, judge
 from maia_emulator.support cimport (
     add32,
+    and32,
     clock_ns,
     full_fence,
     load32,
     load64,
     or32,
-    pause_cpu,
     prefetch,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
+    pthread_mutex_trylock,
     pthread_mutex_unlock,
     pthread_rwlock_rdlock,
     pthread_rwlock_unlock,
@@ -140,9 +141,9 @@ cdef char[DOORBELL_PAGE] nobodys_page
 
 
 cdef class FrontEnd:
-    """Queues, semaphores, contexts' users, kernels and the fault log, and the thread that serves them.
+    """Queues, semaphores, contexts' users, kernels and the fault log.
 
-    ``control`` is held by that thread for each round, and by whoever changes what it works on.
+    ``control`` is held by the thread that serves it for each round, and by whoever changes what it works on.
     """
 
     def __cinit__(self, DeviceMemory memory not None, Tiles tiles not None, Vectors vectors not None, *,
@@ -177,16 +178,6 @@ cdef class FrontEnd:
         free(self.faults)
         pthread_mutex_destroy(&self.control)
 
-    def run(self):
-        """Serve the queues until `stop`; the body of the command processor's thread."""
-        with nogil:
-            self.loop()
-
-    def stop(self):
-        """Make `run` return."""
-        store32(&self.stopping, 1)
-        self.wake()
-
     def wake(self):
         """Make a sleeping command processor look at its doorbells."""
         rouse(self.bell)
@@ -200,40 +191,25 @@ cdef class FrontEnd:
     cdef void give(self) noexcept nogil:
         pthread_mutex_unlock(&self.control)
 
-    cdef void loop(self) noexcept nogil:
-        cdef uint64_t idle_since = 0, now, limit
-        cdef bint moved
-        cdef int _i
-        cdef uint32_t looks = 0
-        while not load32(&self.stopping):
-            if self.trips:
-                self.announce()
-            while load32(&self.waiting):
-                sched_yield()       # a mutex is not fair: let the one who asked have it
-            now = clock_ns()
-            pthread_mutex_lock(&self.control)
-            self.now = now
-            moved = self.round()
-            if moved:
-                self.counters.busy_ns_command += clock_ns() - now
-            pthread_mutex_unlock(&self.control)
-            if moved:
-                idle_since = 0
-                continue
-            looks += 1
-            if self.memory.dma.peers and looks % 16 == 0:
-                # A peer that was woken is put on this very core now and then, to wait until we sleep.
-                sched_yield()
-            if idle_since == 0:
-                idle_since = now
-            # While tiles work, this thread's core is better spent on them.
-            limit = 2000 if self.launched else self.spin_ns
-            if self.live_count == 0 or now - idle_since >= limit:
-                self.sleep()
-                idle_since = 0
-            else:
-                for _i in range(8):
-                    pause_cpu()
+    cdef int attend(self) noexcept nogil:
+        """Have one round, and fall asleep where there has been nothing to do for long. The caller holds ``control``."""
+        cdef uint64_t begun = self.now
+        cdef bint rung = load32(&self.bell.rings) != self.seen
+        if self.asleep and rung:
+            self.get_up()
+        if self.round():
+            self.counters.busy_ns_command += clock_ns() - begun
+            self.get_up()
+            return WORKED | LONG if self.yielded else WORKED
+        if self.asleep:
+            self.look_at = self.next_look()
+            return 0
+        if self.idle_since == 0:
+            self.idle_since = begun
+        # While tiles work, this thread's core is better spent on them.
+        if self.live_count == 0 or begun - self.idle_since >= (2000 if self.launched else self.spin_ns):
+            return WORKED if self.lie_down() else 0
+        return AWAKE | PEERS if self.memory.dma.peers else AWAKE
 
     cdef uint32_t *word(self, queue_t *q, uint32_t offset) noexcept nogil:
         """A word of the queue's doorbell page. The caller holds the DMA table's lock for reading."""
@@ -251,8 +227,8 @@ cdef class FrontEnd:
 
     cdef void announce(self) noexcept with gil:
         """Tell what injections did to the whole device, from outside of every lock."""
-        what, self.trips = self.trips, 0
-        if self.on_trip is not None:
+        what = and32(&self.trips, 0)
+        if what and self.on_trip is not None:
             self.on_trip(what)
 
     cdef bint round(self) noexcept nogil:
@@ -260,6 +236,7 @@ cdef class FrontEnd:
         cdef bint moved = False
         cdef uint32_t i
         self.blocked = 0
+        self.yielded = False
         self.launched = 0
         self.claimed = self.claims = 0
         self.level = MAX_LEVEL
@@ -273,11 +250,9 @@ cdef class FrontEnd:
         pthread_rwlock_unlock(&self.memory.dma.lock)
         return moved
 
-    cdef void sleep(self) noexcept nogil:
+    cdef bint lie_down(self) noexcept nogil:
+        """Fall asleep, unless a last look finds something to do: True then."""
         cdef uint32_t i, seen = load32(&self.bell.rings)
-        cdef bint moved
-        cdef int64_t limit
-        pthread_mutex_lock(&self.control)
         # What is waited for is known after the look below, too late for a peer that stores meanwhile.
         store32(&self.bell.wants, PART_DOORBELLS | PART_HBM)
         # Each sleep has a number, so that drivers can tell it from the one that they have ended already.
@@ -290,16 +265,30 @@ cdef class FrontEnd:
         pthread_rwlock_unlock(&self.memory.dma.lock)
         full_fence()
         # A doorbell rung before its writer could see the word is found here.
+        self.asleep, self.seen = True, seen
         self.now = clock_ns()
-        moved = self.round()
+        if self.round() or self.trips:
+            self.get_up()
+            return True
         store32(&self.bell.wants, self.blocked)
-        pthread_mutex_unlock(&self.control)
-        if not moved and not self.trips and not load32(&self.stopping):
-            # What is waited for may be written by somebody who does not wake us; launches are watched for hangs.
-            limit = 5000000 if self.blocked else self.watch_ms() * <int64_t> 1000000 if self.launched else -1
-            self.counters.sleeps += 1
-            doze(self.bell, seen, limit)
-        pthread_mutex_lock(&self.control)
+        self.look_at = self.next_look()
+        self.counters.sleeps += 1
+        return False
+
+    cdef uint64_t next_look(self) noexcept nogil:
+        """When to look at a sleeping device that nobody has rung."""
+        if self.blocked:
+            return self.now + 5000000   # what is waited for may be written by somebody who does not ring
+        if self.launched:
+            return self.now + self.watch_ms() * <uint64_t> 1000000  # to find one that hangs
+        return <uint64_t> -1
+
+    cdef void get_up(self) noexcept nogil:
+        cdef uint32_t i
+        self.idle_since = 0
+        if not self.asleep:
+            return
+        self.asleep = False
         store32(&self.bell.wants, 0)
         store32(&self.sleeping, 0)
         pthread_rwlock_rdlock(&self.memory.dma.lock)
@@ -308,7 +297,6 @@ cdef class FrontEnd:
         pthread_rwlock_unlock(&self.memory.dma.lock)
         # A store made while the word could still be read is seen by the next look at the doorbells.
         full_fence()
-        pthread_mutex_unlock(&self.control)
 
     cdef bint service(self, queue_t *q) noexcept nogil:
         """Take a queue as far as it goes, or a turn's worth; True where it moved."""
@@ -352,6 +340,7 @@ cdef class FrontEnd:
                     break
                 moved = True
                 if step != MOVED:
+                    self.yielded |= step == YIELDED
                     break
         if q.retired != q.published:
             self.publish(q)
@@ -851,3 +840,26 @@ cdef class FrontEnd:
         q.list.count = 0
         q.held, q.judged, q.corrupt = 0, False, False
         q.stage = EMPTY
+
+
+cdef int serve(FrontEnd front, uint64_t *now) noexcept nogil:
+    """Give a front end its turn, unless it sleeps or somebody else holds it; ``now`` is moved on."""
+    cdef int what
+    if front.left or (front.asleep and now[0] < front.look_at and load32(&front.bell.rings) == front.seen):
+        return 0
+    if front.trips:
+        front.announce()
+    if load32(&front.waiting):
+        sched_yield()               # a mutex is not fair: let the one who asked have it
+        return BUSY
+    if pthread_mutex_trylock(&front.control):
+        return BUSY
+    front.now = now[0] = clock_ns()
+    what = 0 if front.left else front.attend()
+    pthread_mutex_unlock(&front.control)
+    return what
+
+
+cdef void nap_of(FrontEnd front, nap_t *nap) noexcept nogil:
+    """How to sleep until a front end wants attention."""
+    nap.asleep, nap.word, nap.seen, nap.look_at = front.asleep, &front.bell.rings, front.seen, front.look_at
