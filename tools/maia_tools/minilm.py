@@ -59,6 +59,7 @@ class MiniLM:
         self._lanes = [Lane(device, ((1 << clusters) - 1) << i * clusters)
                        for i in range(min(LANES, found.clusters))]
         self._weights = device.allocate(nbytes)
+        self._host: dict[int, maia_rt.HostBuffer] = {}
         self._parameters: dict[str, maia_rt.Buffer] = {}
         stream = self._lanes[0].stream
         for name, array in named.items():
@@ -94,29 +95,38 @@ class MiniLM:
             return found
         sent = [minilm_plan.inputs(b.ids) for b in batches]
         sizes = [x.nbytes + b.mask.nbytes for x, b in zip(sent, batches, strict=True)]
-        with self.device.allocate_host(sum(sizes)) as given, \
-                self.device.allocate_host(found.shape, np.float32) as taken:
-            events = []
-            at = row = 0
-            for ids, batch in zip(sent, batches, strict=True):
-                start = at
-                for array in (ids, batch.mask):
-                    given.array[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
-                    at += array.nbytes
-                end = row + len(batch.places)
-                lane = min(self._lanes, key=lambda lane: lane.tokens)
-                plan, program = self._program(batch.shape)
-                lane.submit(batch.shape, plan, program, self._parameters, given[start:at], taken[row:end])
-                events.append((lane.stream.record(), len(batch.places)))
-                row = end
-            for event, sentences in events:
-                event.synchronize()
-                if advance is not None:
-                    advance(sentences)
-            for lane in self._lanes:
-                lane.tokens = 0
-            found[[place for b in batches for place in b.places]] = taken.array
+        given = self._pinned(0, sum(sizes))
+        taken = self._pinned(1, found.nbytes).view(np.float32, found.shape)
+        events = []
+        at = row = 0
+        for ids, batch in zip(sent, batches, strict=True):
+            start = at
+            for array in (ids, batch.mask):
+                given.array[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+                at += array.nbytes
+            end = row + len(batch.places)
+            lane = min(self._lanes, key=lambda lane: lane.tokens)
+            plan, program = self._program(batch.shape)
+            lane.submit(batch.shape, plan, program, self._parameters, given[start:at], taken[row:end])
+            events.append((lane.stream.record(), len(batch.places)))
+            row = end
+        for event, sentences in events:
+            event.synchronize()
+            if advance is not None:
+                advance(sentences)
+        for lane in self._lanes:
+            lane.tokens = 0
+        found[[place for b in batches for place in b.places]] = taken.array
         return found
+
+    def _pinned(self, which: int, nbytes: int) -> maia_rt.HostBuffer:
+        """Pinned memory for what goes in (0) or comes out (1). It is kept: nothing is pinned anew at each call."""
+        held = self._host.get(which)
+        if held is None or held.nbytes < nbytes:
+            if held is not None:
+                held.close()
+            held = self._host[which] = self.device.allocate_host(nbytes)
+        return held[:nbytes]
 
     def _program(self, shape: tuple[int, int]) -> tuple[Plan, maia_rt.Program]:
         """The plan for a batch shape and its program, loaded; the one unused longest makes room."""
@@ -142,6 +152,8 @@ class MiniLM:
         """
         with ExitStack() as stack:
             stack.callback(self._weights.close)
+            while self._host:
+                stack.callback(self._host.popitem()[1].close)
             while self._loaded:
                 stack.callback(self._loaded.popitem()[1][1].close)
             for lane in self._lanes:
