@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maia_rt.collectives import Collective, Communicator, Rank
     from maia_rt.contract.dtype import Dtype
     from maia_rt.contract.injection import Injection
     from maia_rt.contract.microscaling import from_mx, to_mx
@@ -33,6 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Buffer",
     "Capture",
+    "Collective",
+    "Communicator",
     "CopyPath",
     "Device",
     "DeviceInfo",
@@ -53,6 +56,7 @@ __all__ = [
     "NodeTime",
     "PoolStatistics",
     "Program",
+    "Rank",
     "Semaphore",
     "Space",
     "Stream",
@@ -75,6 +79,7 @@ _HOMES = {
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
+    "Collective": "collectives.collective", "Communicator": "collectives.communicator", "Rank": "collectives.rank",
     "Dtype": "contract.dtype", "from_mx": "contract.microscaling", "to_mx": "contract.microscaling",
 }
 

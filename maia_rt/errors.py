@@ -149,6 +149,27 @@ class DeadlockError(MaiaError):
         self.where = where
 
 
+class MismatchedRanks(MaiaError, ValueError):
+    """Ranks of a communicator asked for different things; nothing was submitted. Raised on all of them.
+
+    Attributes
+    ----------
+    said : dict of int to str
+        What each rank asked for.
+    """
+
+    def __init__(self, said: dict[int, str]) -> None:
+        self.said = dict(said)
+        by_text: dict[str, list[int]] = {}
+        for rank, text in sorted(said.items()):
+            by_text.setdefault(text, []).append(rank)
+        parts = [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}"
+                 for text, ranks in by_text.items()]
+        super().__init__("the ranks do not agree: " + "; ".join(parts),
+                         cause="they called with other sizes, dtypes or operations, or in another order",
+                         hint="every rank calls the same collectives in the same order")
+
+
 class ResourceExhausted(MaiaError):
     """Something ran out; the text says what, how much there is and who holds it."""
 
@@ -324,8 +345,46 @@ class CallbackError(DeviceFault):
         self.__cause__ = raised
 
 
+class RankFailed(DeviceFault):
+    """A collective ended on this rank because another one cannot take part: its device, or its stream, failed.
+
+    That rank's error is the ``__cause__``. The communicator is of no further use; other work of the stream goes on
+    after :meth:`maia_rt.Stream.recover`.
+
+    Attributes
+    ----------
+    rank : int
+        The one that failed.
+    culprit : str
+        Its device.
+    """
+
+    def __init__(self, failure: RankFailure, **facts: Any) -> None:
+        super().__init__(**facts)
+        self.rank = failure.rank
+        self.culprit = failure.device
+        who = f"{self.device}: {self.stream or f'queue {self.queue}'}"
+        MaiaError.__init__(self, f"{who}: a collective ended because rank {failure.rank}, {failure.device}, failed: "
+                                 f"{failure.reason}",
+                           cause="see the exception that this one was caused by",
+                           hint="close the communicator, and make one of the devices that are left")
+        self.__cause__ = failure.reason
+
+
+class RankFailure(Exception):
+    """Why a command of a collective is aborted: becomes a `RankFailed`."""
+
+    def __init__(self, rank: int, device: str, reason: BaseException) -> None:
+        super().__init__(rank, device)
+        self.rank = rank
+        self.device = device
+        self.reason = reason
+
+
 def device_fault(facts: dict[str, Any]) -> DeviceFault:
-    """Return the error for a fault's facts; with ``raised``, for a function of the program that failed."""
+    """Return the error for a fault's facts; with ``raised``, for what the program knows better than the device."""
+    if isinstance(facts.get("raised"), RankFailure):
+        return RankFailed(facts["raised"], **{name: value for name, value in facts.items() if name != "raised"})
     if "raised" in facts:
         return CallbackError(**facts)
     return DeviceFault(**facts)

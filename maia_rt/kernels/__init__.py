@@ -14,6 +14,7 @@ from maia_rt.kernels.normalization import add_norm, layer_norm, normalize
 from maia_rt.kernels.optimizer import adam, adam_numbers, sgd
 from maia_rt.kernels.pooling import mean_pool
 from maia_rt.kernels.projection import matmul_add_norm
+from maia_rt.kernels.reduction import reduction
 from maia_rt.kernels.softmax import softmax
 from maia_rt.kernels.tile import TileBuilder
 
@@ -38,6 +39,7 @@ __all__ = [
     "mean_pool",
     "normalize",
     "parts_of",
+    "reduction",
     "relu_gradient",
     "sgd",
     "softmax",

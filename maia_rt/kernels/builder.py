@@ -54,7 +54,7 @@ class KernelBuilder:
         self._args: list[Arg] = []
         self._tiles: dict[int, TileBuilder] = {}
 
-    def argument(self, name: str, kind: ArgKind, dtype: Dtype, shape: Sequence[int]) -> View:
+    def argument(self, name: str, kind: ArgKind, dtype: Dtype, shape: Sequence[int], *, alignment: int = 64) -> View:
         """Declare the next buffer argument.
 
         Parameters
@@ -65,6 +65,8 @@ class KernelBuilder:
         dtype : Dtype
         shape : sequence of int
             In elements, C order; the last axis of an MX type is a multiple of 32.
+        alignment : int
+            Of the address that a launch gives, in bytes, a power of two up to 4,096.
 
         Returns
         -------
@@ -80,7 +82,7 @@ class KernelBuilder:
             raise InvalidArgument(f"kernel {self.name!r}: argument {name!r} of shape {extents}",
                                   cause="a buffer argument has one axis or more, each of one element or more")
         strides = contiguous_strides(extents, dtype)
-        self._declare(Arg(name, kind, dtype, extents))
+        self._declare(Arg(name, kind, dtype, extents, alignment))
         return View(Space.ARG, len(self._args) - 1, 0, dtype, extents, strides, None)
 
     def scalar(self, name: str) -> Scalar:
