@@ -109,13 +109,13 @@ def one_all_to_all(devices: Devices, rank: int, send: Any, recv: Any, stream: An
 
 
 def one_send(devices: Devices, source: int, target: int, rank: int, memory: Any, stream: Any) -> Call:
-    """One end of a send: `rank` is the source or the target; the root says which of the pairs it is."""
+    """One end of a send: `rank` is the source or the target."""
     what = "send" if rank == source else "recv"
     found = require_buffer(memory, f"rank {rank}: {what}")
     if source == target:
         raise InvalidArgument(f"rank {rank} cannot send to itself", hint="copy with stream.copy")
-    ends = (found, None) if rank == source else (None, found)
-    call = Call("send", rank, _stream(devices[rank], stream), *ends, _elements(found), _dtype(found))
+    sent, got = (found, None) if rank == source else (None, found)
+    call = Call("send", rank, _stream(devices[rank], stream), sent, got, _elements(found), _dtype(found))
     return _checked(call, devices, (1, 1))
 
 

@@ -1,7 +1,7 @@
 """The ring algorithms: a rank writes to the next one only, piece by piece; every link carries as little as can be.
 
-A rank has two semaphores beside that of meetings: the previous rank counts in one what it has written here (data), the next
-rank in the other what it can take (credits). Reductions pass on partial results, through a few slots of scratch memory.
+A rank has two semaphores beside that of meetings: the previous rank counts in one what it has written here (data), the
+next rank in the other what it can take (credits). Reductions pass on partial results, through a few slots of scratch memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Region = Callable[[int], tuple[int, int]]
 
 
 def pays(group: Group, calls: Sequence[Call]) -> bool:
-    """Whether a call that leaves the choice open goes round the ring: where a launch does not take all ranks' buffers."""
+    """Whether a call that leaves the choice open goes round: where a launch does not take all ranks' buffers."""
     capabilities = calls[0].stream.device.capabilities.program
     return bool(calls[0].operation) and 2 * len(group) > capabilities.max_args
 

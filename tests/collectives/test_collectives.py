@@ -19,9 +19,11 @@ ALGORITHMS = ["direct", "ring"]
 MIB = 1 << 20
 
 
-def random_array(rng, count, dtype):
+def random_array(rng, count, dtype, op="sum"):
     if dtype == np.int32:
         return rng.integers(-(2**30), 2**30, count, dtype=np.int32)
+    if op == "prod":  # nothing that leaves the range of float16 on the way round a ring
+        return (rng.uniform(0.5, 2, count) * rng.choice([-1, 1], count)).astype(dtype)
     return (rng.standard_normal(count) * rng.choice([0.1, 1, 30], count)).astype(dtype)
 
 
@@ -78,12 +80,7 @@ def check_reduced(got, arrays, op, dtype, algorithm):
         return
     error = np.abs(got.astype(np.float64) - wanted)
     allowed = bound(scale, dtype, len(arrays), algorithm)
-    finite = np.isfinite(got.astype(np.float64))
-    assert (error[finite] <= allowed[finite]).all(), (error[finite] - allowed[finite]).max()
-    if dtype == "float16":  # overflows to infinity, as rounding does
-        assert (np.abs(wanted[~finite]) > 65_000).all()
-    else:
-        assert finite.all()
+    assert (error <= allowed).all(), (error - allowed).max()
 
 
 def check_all_reduce(ranks, arrays, op, algorithm, in_place):
@@ -115,7 +112,8 @@ def test_all_reduce_is_the_sum_within_the_bound(ranks, count, algorithm):
 def test_every_dtype_and_operation(ranks, dtype, op):
     rng = np.random.default_rng(5)
     for algorithm in ALGORITHMS:
-        check_all_reduce(ranks, [random_array(rng, 1003, DTYPES[dtype]) for _ in ranks.devices], op, algorithm, False)
+        check_all_reduce(ranks, [random_array(rng, 1003, DTYPES[dtype], op) for _ in ranks.devices], op, algorithm,
+                         False)
 
 
 @pytest.mark.parametrize("count", [16 * MIB // 4, 16 * MIB // 4 - 3])
@@ -302,7 +300,7 @@ def test_random_all_reduces(open_devices, count, elements, dtype, op, in_place, 
         cache["for"], cache["devices"] = open_devices, open_devices(8)
     rng = np.random.default_rng(number)
     with maia_rt.Communicator(cache["devices"][:count]) as ranks:
-        check_all_reduce(ranks, [random_array(rng, elements, DTYPES[dtype]) for _ in range(count)], op, algorithm,
+        check_all_reduce(ranks, [random_array(rng, elements, DTYPES[dtype], op) for _ in range(count)], op, algorithm,
                          in_place)
 
 

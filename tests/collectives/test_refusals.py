@@ -86,8 +86,9 @@ def test_buffers_that_cannot_take_part(pair, buffers):
 
 
 def test_arguments_that_are_wrong(pair, buffers, open_devices):
-    third = maia_rt.open("emulated")
-    with third, third.create_stream() as foreign, pair.devices[0].create_stream() as one:
+    with contextlib.ExitStack() as stack:
+        third = stack.enter_context(maia_rt.open("emulated"))
+        foreign, one = (stack.enter_context(device.create_stream()) for device in (third, pair.devices[0]))
         with third.allocate(64, np.float32) as outside:
             for options, error in (({"op": "mean"}, InvalidArgument), ({"op": None}, InvalidArgument),
                                    ({"op": 3}, InvalidArgument), ({"algorithm": "tree"}, InvalidArgument),
@@ -147,14 +148,14 @@ def test_ranks_in_threads_reduce_together(ranks):
 
     def work(rank):
         handle, device = ranks.rank(rank), ranks.devices[rank]
-        with device.create_stream() as stream, device.upload(np.full(500, rank + 1, np.float32)) as mine:
-            with device.allocate(500 * len(ranks), np.float32) as all_of_them:
-                for _ in range(5):
-                    handle.all_gather(mine, all_of_them, stream=stream)
-                handle.all_reduce(mine, stream=stream)
-                handle.barrier(stream=stream)
-                handle.broadcast(mine, 1, stream=stream)
-                return all_of_them.copy_to_host(stream), mine.copy_to_host(stream)
+        with (device.create_stream() as stream, device.upload(np.full(500, rank + 1, np.float32)) as mine,
+              device.allocate(500 * len(ranks), np.float32) as all_of_them):
+            for _ in range(5):
+                handle.all_gather(mine, all_of_them, stream=stream)
+            handle.all_reduce(mine, stream=stream)
+            handle.barrier(stream=stream)
+            handle.broadcast(mine, 1, stream=stream)
+            return all_of_them.copy_to_host(stream), mine.copy_to_host(stream)
 
     for gathered, reduced in in_threads(*(lambda rank=rank: work(rank) for rank in range(len(ranks)))):
         np.testing.assert_array_equal(gathered, np.repeat(np.arange(1, len(ranks) + 1), 500))
@@ -169,7 +170,7 @@ def test_ranks_that_disagree_are_named_to_all_of_them(pair, buffers, case):
         "size": (lambda: one.all_reduce(a), lambda: other.all_reduce(b[:63]), "rank 1: all_reduce of 63 x float32"),
         "dtype": (lambda: one.all_reduce(a), lambda: other.all_reduce(b.view(np.int32)), "rank 1: .* int32"),
         "op": (lambda: one.all_reduce(a), lambda: other.all_reduce(b, op="prod"), "rank 1: .* prod"),
-        "order": (lambda: one.all_reduce(a), lambda: other.barrier(), "rank 1: barrier"),
+        "order": (lambda: one.all_reduce(a), other.barrier, "rank 1: barrier"),
         "root": (lambda: one.broadcast(a, 0), lambda: other.broadcast(b, 1), "rank 1: .* root 1"),
         "algorithm": (lambda: one.all_reduce(a), lambda: other.all_reduce(b, algorithm="direct"), "rank 1: .* direct"),
     }
