@@ -1,7 +1,8 @@
 """The ring algorithms: a rank writes to the next one only, piece by piece; every link carries as little as can be.
 
 A rank has two semaphores beside that of meetings: the previous rank counts in one what it has written here (data), the
-next rank in the other what it can take (credits). Reductions pass on partial results, through a few slots of scratch memory.
+next rank in the other what it can take (credits). Reductions pass on partial results, through a few slots of
+scratch memory.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ def test_buffers_that_cannot_take_part(pair, buffers):
     assert works(pair, buffers)
 
 
-def test_arguments_that_are_wrong(pair, buffers, open_devices):
+def test_arguments_that_are_wrong(pair, buffers, eight_sockets):
     with contextlib.ExitStack() as stack:
-        third = stack.enter_context(maia_rt.open("emulated"))
+        third = stack.enter_context(maia_rt.open(eight_sockets[7]))
         foreign, one = (stack.enter_context(device.create_stream()) for device in (third, pair.devices[0]))
         with third.allocate(64, np.float32) as outside:
             for options, error in (({"op": "mean"}, InvalidArgument), ({"op": None}, InvalidArgument),
