@@ -23,6 +23,7 @@ from maia_rt.contract.commands import (
     FAULT,
     IDENTIFY,
     INJECTION,
+    PEER_COUNTER_NAMES,
     QUEUE_LOG,
     RANGE,
     SCRUB,
@@ -389,9 +390,10 @@ class Firmware:
         """Return what the device did since boot; commands by opcode as ``by_opcode_NAME``."""
         admin = self._admin
         with admin.lock:
-            admin.execute(AdminOpcode.GET_LOG, Log.COUNTERS, admin.page_iova, COUNTERS.itemsize)
-            row = np.frombuffer(admin.page, COUNTERS, 1)[0]
-            found = {name: int(row[name]) for name in COUNTER_NAMES}
+            written = admin.execute(AdminOpcode.GET_LOG, Log.COUNTERS, admin.page_iova, COUNTERS.itemsize)[0]
+            # A device of an older contract has fewer counters.
+            row = np.frombuffer(bytes(admin.page[:written]).ljust(COUNTERS.itemsize, b"\0"), COUNTERS, 1)[0]
+            found = {name: int(row[name]) for name in COUNTER_NAMES + PEER_COUNTER_NAMES}
             return found | {f"by_opcode_{op.name.lower()}": int(row["by_opcode"][op]) for op in Opcode}
 
     def faults(self) -> npt.NDArray[Any]:

@@ -14,6 +14,9 @@ cdef struct bell_t:         # page aligned, zero but for what is said
     uint32_t padding[9]
     uint32_t rings          # the futex
     uint32_t wants          # sum of parts whose writer shall ring; 0 while awake
+    uint32_t padding1[14]
+    uint64_t in_until       # the lanes of its port (links.pyx)
+    uint64_t out_until
 
 cdef void ring(bell_t *bell, uint32_t part) noexcept nogil
 cdef void rouse(bell_t *bell) noexcept nogil

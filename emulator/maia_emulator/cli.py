@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import resource
 import select
@@ -38,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 after an orderly end, 1 where a socket cannot be served. Wrong usage ends the process with 2.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
+    arguments = parser()
+    options = arguments.parse_args(argv)
     if len(options.inject) > MAX_INJECTIONS:
-        parser.error(f"{len(options.inject)} injections; a device has room for {MAX_INJECTIONS}")
+        arguments.error(f"{len(options.inject)} injections; a device has room for {MAX_INJECTIONS}")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         return _run(options)
@@ -77,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
                 vendor_id=options.vendor_id, device_id=options.device_id, injections=injections,
                 processor=processor,
             )
+            function.engine.set_link(*link(options))
             server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
             cleanup.callback(server.stop)
             server.start()
@@ -129,25 +131,40 @@ def _profile(options: argparse.Namespace) -> Profile:
     return profile if options.queues is None else replace(profile, max_queues=options.queues)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def link(options: argparse.Namespace) -> tuple[float, float]:
+    """Gigabits a second and microseconds of the links; zeros for no model."""
+    gbps, latency = options.link_gbps, options.link_us
+    if gbps is not None and math.isnan(gbps):
+        profile = _profile(options)
+        gbps, latency = profile.link_gbps, profile.link_us if latency is None else latency
+    return gbps or 0.0, latency or 0.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    made = argparse.ArgumentParser(
         prog="maia_emulator", description="Serve emulated MAIA-like devices on vfio-user sockets.",
     )
-    where = parser.add_mutually_exclusive_group(required=True)
+    where = made.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket", metavar="PATH", help="listen here; with --devices on PATH.0, PATH.1 ...")
     where.add_argument("--fd", type=_count, metavar="N", help="serve the one client of this connected descriptor")
-    parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many devices (default 1)")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="small", help="what device (default small)")
-    parser.add_argument("--queues", type=_positive, metavar="N", help="how many hardware queues (default 64)")
-    parser.add_argument("--seed", type=_count, default=0, help="decides serial numbers and random choices (default 0)")
-    parser.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
-    parser.add_argument("--inject", type=_injection, action="append", default=[], metavar="SPEC",
-                        help="make a fault on purpose, from the start and after each reset, such as "
-                        "fault:code=ECC,opcodes=COPY,after=3 or delay:us=50,probability=0.1 (repeatable); "
-                        "its seed, where it has none, follows from --seed and is printed")
-    parser.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")
-    parser.add_argument("--device-id", type=_id, default=DEVICE_ID, metavar="ID", help=f"default {DEVICE_ID:#06x}")
-    return parser
+    made.add_argument("--devices", type=_positive, default=1, metavar="N", help="how many devices (default 1)")
+    made.add_argument("--profile", choices=sorted(PROFILES), default="small", help="what device (default small)")
+    made.add_argument("--queues", type=_positive, metavar="N", help="how many hardware queues (default 64)")
+    made.add_argument("--seed", type=_count, default=0, help="decides serial numbers and random choices (default 0)")
+    made.add_argument("--workers", type=_count, default=0, metavar="N", help="engine threads (default one a core)")
+    made.add_argument("--inject", type=_injection, action="append", default=[], metavar="SPEC",
+                      help="make a fault on purpose, from the start and after each reset, such as "
+                      "fault:code=ECC,opcodes=COPY,after=3 or delay:us=50,probability=0.1 (repeatable); "
+                      "its seed, where it has none, follows from --seed and is printed")
+    made.add_argument("--link-gbps", type=_rate, metavar="X",
+                      help="model the links to host and peers: gigabits a second each way, or 'profile' for the "
+                      "profile's (default: as fast as memory is)")
+    made.add_argument("--link-us", type=_microseconds, metavar="Y",
+                      help="and the microseconds that every command over a link takes at least")
+    made.add_argument("--vendor-id", type=_id, default=VENDOR_ID, metavar="ID", help=f"default {VENDOR_ID:#06x}")
+    made.add_argument("--device-id", type=_id, default=DEVICE_ID, metavar="ID", help=f"default {DEVICE_ID:#06x}")
+    return made
 
 
 def _injection(text: str) -> Injection:
@@ -164,6 +181,23 @@ def _seeded(injections: Sequence[Injection], seed: int) -> list[Injection]:
     """Each with a seed of its own."""
     return [dataclasses.replace(injection, seed=(seed + number) % 2**64) if injection.seed is None else injection
             for number, injection in enumerate(injections)]
+
+
+def _rate(text: str) -> float:
+    """Gigabits a second; nan stands for the profile's."""
+    if text == "profile":
+        return math.nan
+    value = float(text)
+    if not 0.001 <= value <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0.001 to 100000 gigabits a second")
+    return value
+
+
+def _microseconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 to 1000000 microseconds")
+    return value
 
 
 def _count(text: str) -> int:

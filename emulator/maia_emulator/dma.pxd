@@ -38,5 +38,7 @@ cdef class DmaTable:
     cdef int find(self, uint64_t address, uint32_t access, char **memory, uint64_t *size) noexcept nogil
     cdef int open_file(self, int fd, uint64_t offset, uint64_t size, bint write) except -1
     cdef void ring(self, uint64_t address) noexcept nogil
+    cdef bell_t *bell_at(self, uint64_t address) noexcept nogil
+    cdef file_t *file_at(self, uint64_t address) noexcept nogil
     cdef void tie_bells(self) noexcept nogil
     cdef void drop(self, int file) noexcept nogil

@@ -288,13 +288,20 @@ cdef class DmaTable:
 
     cdef void ring(self, uint64_t address) noexcept nogil:
         """Tell the device whose memory has just been written at an address. The caller holds ``lock``."""
-        cdef size_t at = self.position(address)
-        cdef file_t *file
-        if at == self.count or self.mappings[at].iova != address:
-            at -= 1
-        file = &self.files[self.mappings[at].file]
+        cdef file_t *file = self.file_at(address)
         if file.bell != NULL:
             ring_bell(file.bell, file.part)
+
+    cdef bell_t *bell_at(self, uint64_t address) noexcept nogil:
+        """The bell of the device whose memory lies at an address; NULL where it is not known. As `ring`."""
+        return self.file_at(address).bell
+
+    cdef file_t *file_at(self, uint64_t address) noexcept nogil:
+        """The file behind an address where one is mapped."""
+        cdef size_t at = self.position(address)
+        if at == self.count or self.mappings[at].iova != address:
+            at -= 1
+        return &self.files[self.mappings[at].file]
 
     cdef void tie_bells(self) noexcept nogil:
         """Find the bell of each file that is part of a device. The caller holds ``lock`` for writing."""

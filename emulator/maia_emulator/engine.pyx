@@ -304,6 +304,21 @@ cdef class Engine:
         """How often the device was woken, or might have been; for tests."""
         return load32(&self.front.bell.rings)
 
+    def set_link(self, double gbps, double latency_us):
+        """Model the links to host and peers from now on.
+
+        Parameters
+        ----------
+        gbps : float
+            Gigabits a second, each way; 0 is without limit.
+        latency_us : float
+            Microseconds that every command over a link takes at least.
+        """
+        self.memory.link.port = self.front.bell
+        self.memory.link.ns_per_byte = 8 / gbps if gbps else 0
+        self.memory.link.latency_ns = <uint64_t> (latency_us * 1000)
+        self.memory.link.on = gbps > 0 or latency_us > 0
+
     # Memory -------------------------------------------------------------------------------------------------------
 
     @property
@@ -729,6 +744,8 @@ cdef class Engine:
         record["bytes_device_to_device"] += traffic.device_to_device
         record["bytes_host_to_host"] += traffic.host_to_host
         record["dma_messages"] += traffic.messages
+        record["bytes_from_peers"] += traffic.from_peers
+        record["bytes_to_peers"] += traffic.to_peers
         for source in (self.tiles.totals(), self.added):
             for name, value in source.items():
                 record[name] += value

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from maia_emulator.dma cimport DmaTable
+from maia_emulator.links cimport link_t
 from maia_emulator.watch cimport watch_t
 
 cdef enum:
@@ -36,6 +37,10 @@ cdef struct traffic_t:
     uint64_t device_to_device
     uint64_t host_to_host
     uint64_t messages
+    uint64_t from_peers
+    uint64_t to_peers
+    uint64_t since          # from when on its pieces could have left, with a model of links; 0: now
+    uint64_t until          # when the last of them has left
     watch_t *watch          # of a thread that looks after queues; else NULL
 
 cdef class DeviceMemory:
@@ -49,6 +54,7 @@ cdef class DeviceMemory:
     cdef char *hbm
     cdef char *tile_sram
     cdef char *cluster_sram
+    cdef link_t link
     cdef object read_message
     cdef object write_message
     cdef int scrub(self, context_t *context) except -1
@@ -61,6 +67,8 @@ cdef class DeviceMemory:
                    uint64_t *bad) noexcept nogil
     cdef int transfer(self, uint64_t address, char *buffer, uint64_t size, bint write, context_t *context,
                       traffic_t *traffic, uint64_t *bad) noexcept nogil
+    cdef void charge(self, uint64_t size, int source, uint64_t src, int target, uint64_t dst,
+                     traffic_t *traffic) noexcept nogil
     cdef int reach(self, uint64_t address, uint64_t size, bint write, context_t *context, uint64_t *bad) noexcept nogil
     cdef int by_message(self, uint64_t address, char *buffer, uint64_t size, bint write,
                         traffic_t *traffic) noexcept nogil

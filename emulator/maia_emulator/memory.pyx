@@ -13,6 +13,7 @@ from maia_emulator.bells import imprint
 
 from maia_emulator.bells cimport BELL_BYTES, PART_HBM
 from maia_emulator.dma cimport DMA_READ, DMA_WRITE, DmaTable
+from maia_emulator.links cimport occupy
 from maia_emulator.support cimport pthread_rwlock_rdlock, pthread_rwlock_unlock
 from maia_emulator.watch cimport step_aside, step_back, watch_t
 from maia_rt._fast.commands cimport FAULT_ADDRESS, FAULT_CONTEXT
@@ -225,6 +226,17 @@ cdef class DeviceMemory:
             return KIND_SRAM
         return KIND_BAD_ADDRESS
 
+    cdef void charge(self, uint64_t size, int source, uint64_t src, int target, uint64_t dst,
+                     traffic_t *traffic) noexcept nogil:
+        """Let a piece that was moved take its time on the links. The caller holds the DMA table's lock."""
+        cdef bint inward = source == KIND_HOST or source == KIND_MESSAGE or source == KIND_PEER
+        cdef bint outward = target == KIND_HOST or target == KIND_MESSAGE or target == KIND_PEER
+        if inward or outward:
+            traffic.until = max(traffic.until, occupy(
+                &self.link, traffic.since, size, inward, outward,
+                self.dma.bell_at(src) if source == KIND_PEER else NULL,
+                self.dma.bell_at(dst) if target == KIND_PEER else NULL))
+
     cdef int reach(self, uint64_t address, uint64_t size, bint write, context_t *context,
                    uint64_t *bad) noexcept nogil:
         """0 where all of a range can be reached, else the fault and the first bad address."""
@@ -296,6 +308,11 @@ cdef class DeviceMemory:
                     self.dma.ring(address)
             else:
                 memcpy(buffer, at, length)
+            if self.link.on and traffic != NULL and fault == 0:
+                if write:
+                    self.charge(length, KIND_SRAM, 0, kind, address, traffic)
+                else:
+                    self.charge(length, kind, address, KIND_SRAM, 0, traffic)
             if fault:
                 bad[0] = address
                 return fault
@@ -332,12 +349,17 @@ cdef class DeviceMemory:
                 memmove(to, origin, length)
                 if target == KIND_PEER:
                     self.dma.ring(dst)
-            if source == KIND_HOST or source == KIND_MESSAGE or source == KIND_PEER:
-                if target == KIND_HOST or target == KIND_MESSAGE or target == KIND_PEER:
+                if self.link.on:
+                    self.charge(length, source, src, target, dst, traffic)
+            if source == KIND_PEER or target == KIND_PEER:
+                traffic.from_peers += length if source == KIND_PEER else 0
+                traffic.to_peers += length if target == KIND_PEER else 0
+            elif source == KIND_HOST or source == KIND_MESSAGE:
+                if target == KIND_HOST or target == KIND_MESSAGE:
                     traffic.host_to_host += length
                 else:
                     traffic.host_to_device += length
-            elif target == KIND_HOST or target == KIND_MESSAGE or target == KIND_PEER:
+            elif target == KIND_HOST or target == KIND_MESSAGE:
                 traffic.device_to_host += length
             else:
                 traffic.device_to_device += length

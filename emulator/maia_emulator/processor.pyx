@@ -70,8 +70,9 @@ cdef class Processor:
         if front in self.members and not front.left:
             with nogil:
                 front.take()
-                front.left = True
+                front.left, front.asleep = True, False
                 front.give()
+                rouse(front.bell)   # who sleeps on it must not do so any more
             # Not before: a thread may be held up by another device's client.
             if all((<FrontEnd> member).left for member in self.members):
                 self._halt()
@@ -93,7 +94,8 @@ cdef class Processor:
         add32(&self.watch.poke, 1)
         futex_wake(&self.watch.poke)
         for member in self.members:
-            rouse((<FrontEnd> member).bell)
+            if not (<FrontEnd> member).left:        # else its bell is gone
+                rouse((<FrontEnd> member).bell)
 
     def _serve(self):
         with nogil:

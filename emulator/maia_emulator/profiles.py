@@ -27,6 +27,8 @@ class Profile:
         Size of BAR 4: the power of two that holds HBM.
     link_speed : int
         PCIe generation, as in Link Capabilities.
+    link_us : float
+        Microseconds of latency that the model of links takes, where it is asked for.
     """
 
     id: ProfileId
@@ -47,6 +49,7 @@ class Profile:
     max_kernels: int = 4096
     max_args: int = 32
     tile_semaphores: int = 64
+    link_us: float = 1.0
 
     @property
     def tiles(self) -> int:
@@ -57,6 +60,14 @@ class Profile:
     def vectors(self) -> int:
         """MSI-X vectors: 0 for the device, one a queue."""
         return self.max_queues + 1
+
+    @property
+    def link_gbps(self) -> float:
+        """What the model of links takes for eight lanes of its generation, in gigabits a second each way.
+
+        Gen5: 32 GT/s a lane in blocks of 128 of 130 bits. Gen6: 64 GT/s in flits with 236 of 256 bytes of packets.
+        """
+        return 8 * (64 * 236 / 256 if self.link_speed == 6 else 32 * 128 / 130)
 
     @property
     def hbm_bar_bytes(self) -> int:

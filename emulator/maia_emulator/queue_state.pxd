@@ -107,6 +107,9 @@ cdef struct queue_t:
     uint64_t corrupt_bit
     uint64_t start_ns
     work_t work             # of the command under way
+    uint64_t link_since     # with a model of links: when it started,
+    uint64_t link_until     # until when it is held,
+    bint link_last          # and whether it is done then
     in_flight_t flight[MAX_IN_FLIGHT]
     int flight_first
     int flight_count

@@ -61,6 +61,7 @@ cdef class FrontEnd:
     cdef bint asleep            # by itself: looked at when rung, or when its time has come
     cdef uint32_t seen          # the bell then
     cdef uint64_t look_at
+    cdef uint64_t links_due     # when the first of the commands that links hold goes on
     cdef uint64_t idle_since
     cdef bint yielded           # in this round a command went on in pieces
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
@@ -97,6 +98,7 @@ cdef class FrontEnd:
     cdef bint fetch(self, queue_t *q) noexcept nogil
     cdef int next_listed(self, queue_t *q) noexcept nogil
     cdef int advance(self, queue_t *q) noexcept nogil
+    cdef int run_over_links(self, queue_t *q, bint *finished, uint32_t *fault, uint64_t *bad) noexcept nogil
     cdef bint may_start(self, queue_t *q) noexcept nogil
     cdef bint semaphores_ready(self, command_t *command) noexcept nogil
     cdef uint32_t *word(self, queue_t *q, uint32_t offset) noexcept nogil

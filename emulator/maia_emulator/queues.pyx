@@ -24,7 +24,7 @@ from maia_emulator.lists cimport (
     wait_for_value,
     write_times,
 )
-from maia_emulator.memory cimport KIND_HOST, DeviceMemory
+from maia_emulator.memory cimport KIND_HOST, KIND_SRAM, DeviceMemory
 from maia_emulator.queue_state cimport (
     EMPTY,
     FETCHED,
@@ -79,6 +79,7 @@ from maia_rt._fast.commands cimport (
     OPCODE_BRANCH,
     OPCODE_INDIRECT,
     OPCODE_LAUNCH,
+    OPCODE_SIGNAL_REMOTE,
     OPCODE_WAIT_VALUE,
     POST_NONE,
     POST_SET,
@@ -94,6 +95,7 @@ from maia_rt._fast.commands cimport (
     launch_command_t,
     report_t,
     semaphore_op_t,
+    signal_remote_command_t,
 )
 from maia_rt._fast.registers cimport DOORBELL_ARM, DOORBELL_NEEDS_WAKE, DOORBELL_REPORT_HEAD, DOORBELL_TAIL
 
@@ -237,6 +239,7 @@ cdef class FrontEnd:
         cdef uint32_t i
         self.blocked = 0
         self.yielded = False
+        self.links_due = <uint64_t> -1
         self.launched = 0
         self.claimed = self.claims = 0
         self.level = MAX_LEVEL
@@ -278,10 +281,11 @@ cdef class FrontEnd:
     cdef uint64_t next_look(self) noexcept nogil:
         """When to look at a sleeping device that nobody has rung."""
         if self.blocked:
-            return self.now + 5000000   # what is waited for may be written by somebody who does not ring
+            # What is waited for may be written by one who does not ring.
+            return min(self.links_due, self.now + 5000000)
         if self.launched:
-            return self.now + self.watch_ms() * <uint64_t> 1000000  # to find one that hangs
-        return <uint64_t> -1
+            return min(self.links_due, self.now + self.watch_ms() * <uint64_t> 1000000)   # to find one that hangs
+        return self.links_due
 
     cdef void get_up(self) noexcept nogil:
         cdef uint32_t i
@@ -472,6 +476,8 @@ cdef class FrontEnd:
                 q.list.start_ns = clock_ns()
             memset(&q.work, 0, sizeof(q.work))
             q.stage = STARTED
+            if self.memory.link.on:
+                q.link_since, q.link_until, q.link_last = clock_ns(), 0, False
             if q.command.opcode == OPCODE_INDIRECT:
                 begin_list(q)
                 return self.next_listed(q)
@@ -485,6 +491,10 @@ cdef class FrontEnd:
                 return BLOCKED
         elif q.command.opcode == OPCODE_BRANCH:
             fault = follow_branch(self.memory, q, self.semaphores, &self.traffic, &bad)
+        elif self.memory.link.on:
+            step = self.run_over_links(q, &finished, &fault, &bad)
+            if step == BLOCKED:
+                return BLOCKED
         else:
             fault = run_command(self.memory, &q.command, &q.work, q.context, &self.traffic, &finished, &bad)
         if fault:
@@ -494,6 +504,41 @@ cdef class FrontEnd:
         if self.injecting and q.corrupt:
             corrupt(self, q)
         return self.complete(q)
+
+    cdef int run_over_links(self, queue_t *q, bint *finished, uint32_t *fault, uint64_t *bad) noexcept nogil:
+        """`run_command` with a model of links: what it moves takes its time. BLOCKED while it does.
+
+        A piece is moved at once, and the command held as long as its links take; nobody can tell before it is done.
+        A signal would tell, so it is held first.
+        """
+        cdef uint64_t now = clock_ns()
+        cdef char *at = NULL
+        cdef uint64_t size = 4, address
+        cdef int kind
+        fault[0] = FAULT_NONE
+        if now < q.link_until:
+            self.links_due = min(self.links_due, q.link_until)
+            return BLOCKED
+        if q.link_last:
+            finished[0] = True
+            return MOVED
+        self.traffic.since, self.traffic.until = q.link_since, 0
+        if q.command.opcode == OPCODE_SIGNAL_REMOTE and not q.work.begun:
+            q.work.begun = True
+            address = (<signal_remote_command_t *> &q.command).address
+            kind = self.memory.resolve(address, &size, True, q.context, &at)
+            if kind >= 0:
+                self.memory.charge(4, KIND_SRAM, 0, kind, address, &self.traffic)
+            finished[0] = False
+        else:
+            fault[0] = run_command(self.memory, &q.command, &q.work, q.context, &self.traffic, finished, bad)
+            q.link_last = finished[0]
+        if self.traffic.until and fault[0] == FAULT_NONE:
+            q.link_until = self.traffic.until
+            if q.link_last or q.command.opcode == OPCODE_SIGNAL_REMOTE:
+                q.link_until += self.memory.link.latency_ns     # the pieces of a long one follow each other
+            finished[0] = False
+        return MOVED
 
     cdef void fly(self, queue_t *q, launch_t *launch) noexcept nogil:
         """Start a launch that has its tiles; the queue, or its list, goes on behind it."""

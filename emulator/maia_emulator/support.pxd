@@ -11,6 +11,7 @@ cdef extern from "engine_support.h" nogil:
     uint32_t or32(uint32_t *p, uint32_t x)
     uint32_t and32(uint32_t *p, uint32_t x)
     bint swap_if32(uint32_t *p, uint32_t expected, uint32_t x)
+    bint swap_if64(uint64_t *p, uint64_t expected, uint64_t x)
     void prefetch(const void *p)
     void full_fence()
     void pause_cpu()

@@ -44,6 +44,9 @@ from maia_rt._fast.commands cimport (
     op_t,
 )
 
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
+
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
     int munmap(void *address, size_t size)
@@ -123,12 +126,14 @@ cdef class Tiles:
         """What the engines did: a dict of counters."""
         cdef worker_t *w
         names = ("macs", "vector_elements", "bytes_tile_in", "bytes_tile_out", "macro_ops", "busy_ns_dma",
-                 "busy_ns_tensor", "busy_ns_vector", "bytes_host_to_device", "bytes_device_to_host", "dma_messages")
+                 "busy_ns_tensor", "busy_ns_vector", "bytes_host_to_device", "bytes_device_to_host", "dma_messages",
+                 "bytes_from_peers", "bytes_to_peers")
         sums = [0] * len(names)
         for i in range(self.workers):
             w = &self.worker[i]
             row = (w.macs, w.vector_elements, w.tile_in, w.tile_out, w.macro_ops, w.busy[0], w.busy[1], w.busy[2],
-                   w.traffic.host_to_device, w.traffic.device_to_host, w.traffic.messages)
+                   w.traffic.host_to_device, w.traffic.device_to_host, w.traffic.messages, w.traffic.from_peers,
+                   w.traffic.to_peers)
             sums = [a + b for a, b in zip(sums, row, strict=True)]
         return dict(zip(names, sums, strict=True))
 
@@ -273,6 +278,8 @@ cdef class Tiles:
                         break
                     status = run_op(self.memory, unit, op, worker, &bad)
                     worker.macro_ops += 1
+                    if worker.traffic.until:
+                        wait_for_links(self.memory, worker)
                     add32(&launch.steps, 1)
                     if status:
                         if swap_if32(&launch.status, FAULT_NONE, status):
@@ -290,6 +297,15 @@ cdef class Tiles:
         if not waiting:
             return True
         return load32(&launch.status) != 0
+
+
+cdef void wait_for_links(DeviceMemory memory, worker_t *worker) noexcept nogil:
+    """Let what an operation moved over the links take its time."""
+    cdef uint64_t until = worker.traffic.until + memory.link.latency_ns, now = clock_ns()
+    worker.traffic.until = 0
+    while now < until:
+        usleep(<unsigned int> min(1 + (until - now) // 1000, <uint64_t> 1000))
+        now = clock_ns()
 
 
 cdef inline bint ready(unit_t *unit, op_t *op) noexcept nogil:

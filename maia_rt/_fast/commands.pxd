@@ -253,6 +253,8 @@ cdef enum:
     COUNTER_FAULTS = 22
     COUNTER_SLEEPS = 23
     COUNTER_BY_OPCODE = 24
+    COUNTER_BYTES_FROM_PEERS = 25
+    COUNTER_BYTES_TO_PEERS = 26
 
 cdef struct semaphore_op_t:
     uint16_t index
@@ -504,6 +506,8 @@ cdef struct counters_t:
     uint64_t faults
     uint64_t sleeps
     uint64_t by_opcode[16]
+    uint64_t bytes_from_peers
+    uint64_t bytes_to_peers
 
 cdef struct fault_t:
     uint64_t time_ns

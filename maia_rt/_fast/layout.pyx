@@ -316,6 +316,8 @@ def structures():
         "faults": <char *>&counters.faults - <char *>&counters,
         "sleeps": <char *>&counters.sleeps - <char *>&counters,
         "by_opcode": <char *>&counters.by_opcode - <char *>&counters,
+        "bytes_from_peers": <char *>&counters.bytes_from_peers - <char *>&counters,
+        "bytes_to_peers": <char *>&counters.bytes_to_peers - <char *>&counters,
     }
     result["fault_t"] = {
         "": sizeof(fault),

@@ -310,9 +310,13 @@ COUNTER_NAMES = (
     "bytes_tile_in", "bytes_tile_out", "busy_ns_command", "busy_ns_dma", "busy_ns_tensor", "busy_ns_vector",
     "admin_commands", "dma_messages", "faults", "sleeps",
 )
-COUNTERS = np.dtype([*((n, "<u8") for n in COUNTER_NAMES), ("by_opcode", "<u8", (16,))])
+PEER_COUNTER_NAMES = ("bytes_from_peers", "bytes_to_peers")
+"""Came with contract 1.2: older devices end before them."""
+COUNTERS = np.dtype([*((n, "<u8") for n in COUNTER_NAMES), ("by_opcode", "<u8", (16,)),
+                     *((n, "<u8") for n in PEER_COUNTER_NAMES)])
 """What the device did since CONTROL.ENABLE. ``macs`` are multiply-adds of tensor units, ``vector_elements`` results of
-vector units; ``bytes_tile_*`` moved by tile DMA engines; ``by_opcode`` counts commands, those of INDIRECT lists too."""
+vector units; ``bytes_tile_*`` moved by tile DMA engines; ``bytes_*_peers`` are what this device itself read and wrote
+there; ``by_opcode`` counts commands, those of INDIRECT lists too."""
 
 FAULT = np.dtype(
     [("time_ns", "<u8"), ("sequence", "<u8"), ("address", "<u8"), ("code", "<u4"), ("queue", "<u4"), ("unit", "<u4"),

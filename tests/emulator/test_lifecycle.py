@@ -182,7 +182,9 @@ def test_one_bad_path_of_several_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("args", [
     [], ["--socket", "a", "--fd", "3"], ["--socket", "a", "--profile", "h100"], ["--socket", "a", "--devices", "0"],
-    ["--socket", "a", "--vendor-id", "12345"], ["--bogus"],
+    ["--socket", "a", "--vendor-id", "12345"], ["--bogus"], ["--socket", "a", "--link-gbps", "0"],
+    ["--socket", "a", "--link-gbps", "nan"], ["--socket", "a", "--link-gbps", "fast"],
+    ["--socket", "a", "--link-us", "-1"], ["--socket", "a", "--link-us", "inf"],
 ])
 def test_wrong_usage_exits_with_2(args):
     assert "usage" in fails(*args, code=2)

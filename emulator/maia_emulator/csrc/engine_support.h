@@ -22,6 +22,9 @@ static inline uint32_t and32(volatile uint32_t *p, uint32_t x) { return __atomic
 static inline int swap_if32(volatile uint32_t *p, uint32_t from, uint32_t to) {
     return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
+static inline int swap_if64(volatile uint64_t *p, uint64_t from, uint64_t to) {
+    return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
 static inline void prefetch(const void *p) { __builtin_prefetch(p); }
 static inline void full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline void pause_cpu(void) {
