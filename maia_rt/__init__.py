@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.graph_node import GraphNode
     from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
     from maia_rt.runtime.host_buffer import HostBuffer
+    from maia_rt.runtime.peer import PeerPath
     from maia_rt.runtime.pool import MemoryPool, PoolStatistics
     from maia_rt.runtime.program import Kernel, Program
     from maia_rt.runtime.semaphore import Semaphore
@@ -54,6 +55,7 @@ __all__ = [
     "LostCommand",
     "MemoryPool",
     "NodeTime",
+    "PeerPath",
     "PoolStatistics",
     "Program",
     "Rank",
@@ -76,7 +78,8 @@ _HOMES = {
     "Graph": "graph", "GraphBuilder": "graph_builder", "GraphNode": "graph_node", "NodeTime": "graph",
     "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang", "HostBuffer": "host_buffer",
     "Injection": "contract.injection",
-    "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PoolStatistics": "pool", "Program": "program",
+    "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PeerPath": "peer",
+    "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
     "Collective": "collectives.collective", "Communicator": "collectives.communicator", "Rank": "collectives.rank",

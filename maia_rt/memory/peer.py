@@ -14,9 +14,10 @@ class PeerMemory:
         peer = PeerMemory(second, PciRegion.BAR4, size=1 << 20)
         first.dma_map(iova, peer)          # first now reads and writes second's BAR at iova
 
-    The kernel's VFIO takes it through the group interface (type1); an iommufd of Linux 6.12 maps ordinary memory only
-    and refuses with Unsupported. A vfio-user server has its DMA carried out by this process. Whether transactions
-    between two devices get through is the platform's decision: some root complexes drop them.
+    A vfio-user server gets the file behind the region, where the peer's server gave one, and moves the bytes by itself.
+    The kernel's VFIO takes the memory through the group interface (type1); an iommufd of Linux 6.12 maps ordinary
+    memory only and refuses with Unsupported. Whether transactions between two devices get through is the platform's
+    decision: some root complexes drop them. :meth:`maia_rt.Device.peer` tries before it trusts.
 
     While it is mapped it holds a view of the region, so the peer stays open for the kernel, even past its own close.
 
@@ -35,6 +36,9 @@ class PeerMemory:
     """
 
     def __init__(self, transport: Transport, region: int, offset: int = 0, size: int | None = None) -> None:
+        self._transport = transport
+        self._region = region
+        self._start = offset
         self._name = f"region {region} of {transport.name}"
         self._view: memoryview | None = transport.map(region, offset, size)
         self._size = self._view.nbytes
@@ -42,13 +46,14 @@ class PeerMemory:
 
     @property
     def fd(self) -> int:
-        """-1: a device's memory has no file that others could map."""
-        return -1
+        """The file behind the peer's region, which ends with the peer's transport; -1 where it has none."""
+        return self._transport.region_file(self._region)[0]
 
     @property
     def offset(self) -> int:
-        """0."""
-        return 0
+        """Where in that file the memory starts, in bytes; 0 without one."""
+        fd, base = self._transport.region_file(self._region)
+        return base + self._start if fd >= 0 else 0
 
     @property
     def size(self) -> int:

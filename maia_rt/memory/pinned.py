@@ -163,8 +163,15 @@ class PinnedPool:
                     return mapped.region.view()[start:start + size]
         return None
 
-    def map(self, memory: DmaMemory, access: Access = Access.READ | Access.WRITE) -> int:
+    def map(self, memory: DmaMemory, access: Access = Access.READ | Access.WRITE, *, pinned: bool = True) -> int:
         """Let the device reach memory that is not the pool's; return its iova. It ends with :meth:`unmap`.
+
+        Parameters
+        ----------
+        memory : DmaMemory
+        access : Access
+        pinned : bool
+            False for memory that the kernel need not pin: another device's.
 
         Raises
         ------
@@ -176,7 +183,7 @@ class PinnedPool:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._transport.name}: the pool has been closed")
-            if self._transport.needs_pinning:
+            if pinned and self._transport.needs_pinning:
                 check_memlock(memory.size)
             iova = self._iovas.allocate(memory.size)
             try:

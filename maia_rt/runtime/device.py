@@ -46,6 +46,7 @@ from maia_rt.runtime.hold import Hold
 from maia_rt.runtime.host_buffer import HostBuffer
 from maia_rt.runtime.in_use import Reader, Use, find_use, wait_for_use
 from maia_rt.runtime.message_service import MessageService
+from maia_rt.runtime.peer import PEER_CHECKS, PeerPath, PeerTable
 from maia_rt.runtime.pinned import PinnedRanges
 from maia_rt.runtime.pool import MemoryPool
 from maia_rt.runtime.program import Program
@@ -81,7 +82,7 @@ class Device:
 
     def __init__(self, transport: Transport, emulator: EmbeddedEmulator | None = None,
                  timeout: float = DEFAULT_TIMEOUT, *, validate: bool = False, sites: bool = True,
-                 max_queues: int | None = None, hold: Hold | None = None) -> None:
+                 max_queues: int | None = None, hold: Hold | None = None, peer_checks: int = PEER_CHECKS) -> None:
         # What looks at each command of each stream when it is submitted; see the comment in :class:`maia_rt.Stream`.
         self._validator = Validator() if validate else None
         self._transport = transport
@@ -111,7 +112,8 @@ class Device:
         self._default_stream: Stream | None = None
         self._pinned = PinnedRanges()
         self._addresses = AddressBook(self._memories)
-        self._reclaimer = Reclaimer(lambda: list(self._queues))
+        self._peers = PeerTable(self, peer_checks)
+        self._reclaimer = Reclaimer(lambda: [*self._queues, *self._peers.queues()])
         try:
             self._firmware = Firmware(transport)
             self.found = self._look_around()
@@ -518,6 +520,42 @@ class Device:
         self._require_open()
         return load(self, path, buffers or {}, list(semaphores))
 
+    def peer(self, other: Device) -> PeerPath:
+        """Return the way from this device to another's memory and semaphores.
+
+        The first call finds out whether there is a direct one, and proves it: patterns are written and read both ways.
+        That takes milliseconds; later calls return the same path.
+
+        Parameters
+        ----------
+        other : Device
+            An open one of this process, not this one.
+
+        Returns
+        -------
+        PeerPath
+            It ends with either device.
+
+        Raises
+        ------
+        InvalidArgument, InvalidType
+            It is this device, or none.
+        ClosedError
+            One of the two has been closed.
+        DeviceLost
+            One of the two is gone; the text names it.
+
+        Examples
+        --------
+        >>> import maia_rt
+        >>> with maia_rt.open("emulated") as one, maia_rt.open("emulated") as two:
+        ...     print(one.peer(two).kind)
+        direct
+        """
+        self._require_open()
+        check.instance(other, Device, "a peer")
+        return self._peers.to(other)
+
     # --- all of it ---------------------------------------------------------------------------------------------------
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -545,6 +583,7 @@ class Device:
         """Reset the device and boot it again. Its streams, programs and buffers are closed; host buffers stay."""
         self._require_open()
         with self._lock:
+            self._peers.settle(time.monotonic() + _CLOSE_SECONDS)
             self._running = False
             self._firmware.reset()
             self._close_children(keep_host=True)
@@ -581,6 +620,8 @@ class Device:
             for stream in self._open_streams():
                 with contextlib.suppress(MaiaError):
                     stream.synchronize(max(deadline - time.monotonic(), 0))
+            # Before the device stops, so that peers' commands are done with its memory.
+            self._peers.close(deadline)
             self._running = False
             if self._dispatcher is not None:
                 self._dispatcher.close()
@@ -684,8 +725,11 @@ class Device:
         self._reclaimer.abandon(end)
 
     def _find_use(self, start: int, end: int, seconds: float = 0) -> Use | None:
-        return wait_for_use(lambda: find_use(list(self._queues), start, end, self._pool.find, self._list_readers),
-                            seconds)
+        return wait_for_use(lambda: self._look_for_use(start, end) or self._peers.find_use(start, end), seconds)
+
+    def _look_for_use(self, start: int, end: int) -> Use | None:
+        """Find a command of this device that uses one of its addresses."""
+        return find_use(list(self._queues), start, end, self._pool.find, self._list_readers)
 
     def _settle(self, space: Space) -> None:
         allocation.settle(self, space)

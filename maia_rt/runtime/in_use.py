@@ -36,7 +36,11 @@ class Use:
     sequence : int
     command, where : str
         Decoded, and the line that submitted it.
+    device : str
+        The name of the device that it is submitted to, where that is another than the memory's; empty otherwise.
     """
+
+    device = ""
 
     def __init__(self, found: Outstanding, sequence: int) -> None:
         self.queue = found.queue
@@ -46,7 +50,8 @@ class Use:
 
     def __str__(self) -> str:
         where = f", submitted at {self.where}" if self.where else ""
-        return f"command {self.sequence} of queue {self.queue.id} ({self.command}{where})"
+        device = f" of {self.device}" if self.device else ""
+        return f"command {self.sequence} of queue {self.queue.id}{device} ({self.command}{where})"
 
 
 def find_use(queues: Iterable[QueuePair], start: int, end: int, find: Find, lists: Iterable[Reader]) -> Use | None:

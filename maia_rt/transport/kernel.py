@@ -160,6 +160,11 @@ class KernelDevice(KernelRegisters):
                                   hint="turn it on: maia_rt.pci.config.set_memory_space")
             return self._maps.map(info, self._fd, self._bases[region], offset, size)
 
+    def region_file(self, region: int) -> tuple[int, int]:
+        """Return (-1, 0): the kernel takes a BAR for DMA by its address in this process."""
+        self.region(region)
+        return -1, 0
+
     def _memory_is_on(self) -> bool:
         return not self._info.is_pci or bool(self.read(PciRegion.CONFIG, COMMAND, 2) & COMMAND_MEMORY)
 

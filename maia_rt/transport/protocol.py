@@ -192,6 +192,13 @@ class Transport(Protocol):
             The range is not inside one mappable area: use :meth:`read` and :meth:`write`.
         """
 
+    def region_file(self, region: int) -> tuple[int, int]:
+        """Return the descriptor of the file that a region is mapped from, and where in it the region starts.
+
+        (-1, 0) where there is none that another device's server could map: the kernel's VFIO has none. The transport
+        keeps the descriptor; it ends with :meth:`close`.
+        """
+
     def dma_map(self, iova: int, memory: DmaMemory, access: Access = Access.READ | Access.WRITE) -> None:
         """Let the device reach `memory` at the I/O virtual address `iova`. The transport keeps a reference to it."""
 

@@ -232,6 +232,14 @@ class VfioUserClient(Described, RegisterConnection):
             fd, base = self._fds.get(region, (-1, 0))
             return self._maps.map(info, fd, base, offset, size)
 
+    def region_file(self, region: int) -> tuple[int, int]:
+        """Return the descriptor that came with a region's description, and where in the file the region starts."""
+        self.region(region)
+        with self._lock:
+            if self._state != READY:
+                self._refuse()
+            return self._fds.get(region, (-1, 0))
+
     # --- DMA ---------------------------------------------------------------------------------------------------------
 
     def dma_map(self, iova: int, memory: DmaMemory, access: Access = Access.READ | Access.WRITE) -> None:
