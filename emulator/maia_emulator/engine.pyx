@@ -164,8 +164,8 @@ cdef class Engine:
 
     def start(self):
         """Start the threads."""
-        self.tiles.begin()
         self.processor.enter(self.front)
+        self.tiles.begin()
         self.started = True
 
     def stop(self):
