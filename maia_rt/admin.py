@@ -162,10 +162,16 @@ class AdminQueue:
         DeviceTimeout
             No completion in time. Firmware counts as dead from then on.
         """
-        if os.getpid() != self._pid:
-            # The rings are not mapped in this process, and the lock may be held by a thread that is not in it.
-            raise ForkedError(f"{self._transport.name}: the device was opened before fork",
-                              hint="open it anew in the child")
+        self._require_ours()
+        with self.lock:
+            status, *results = self.run(opcode, *p, params=params)
+            if status != AdminStatus.OK:
+                raise self._refusal(opcode, status)
+            return results[0], results[1]
+
+    def run(self, opcode: int, *p: int, params: npt.NDArray[Any] | None = None) -> tuple[int, int, int]:
+        """As :meth:`execute`, for any opcode; return status and results instead of raising what the status says."""
+        self._require_ours()
         with self.lock:
             self._require_open()
             if self._broken:
@@ -183,15 +189,12 @@ class AdminQueue:
             self._hush()
             try:
                 self._transport.write(PciRegion.BAR0, Bar0.ADMIN_TAIL, 4, self._tail & _U32)
-                status, *results = self._await(slot, opcode, boots)
+                return self._await(slot, opcode, boots)
             except (DeviceTimeout, FirmwareError) as error:
                 # Its text only: an exception would keep the frames it came through.
                 if boots == self._boots:
                     self._broken = error.what
                 raise
-            if status != AdminStatus.OK:
-                raise self._refusal(opcode, status)
-            return results[0], results[1]
 
     def ring_bell(self) -> None:
         """Wake the thread that waits for a completion: vector 0, which may have told it, has been served."""
@@ -212,13 +215,19 @@ class AdminQueue:
             for block in self._blocks:
                 block.free()
 
+    def _require_ours(self) -> None:
+        if os.getpid() != self._pid:
+            # The rings are not mapped in this process, and the lock may be held by a thread that is not in it.
+            raise ForkedError(f"{self._transport.name}: the device was opened before fork",
+                              hint="open it anew in the child")
+
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self._transport.name}: the device has been closed")
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
-    def _await(self, slot: int, opcode: AdminOpcode, boots: int) -> tuple[int, int, int]:
+    def _await(self, slot: int, opcode: int, boots: int) -> tuple[int, int, int]:
         """Wait for the newest command's completion: status and results.
 
         An interrupt is held back until then: the device may be writing to memory that the caller is about to free.
@@ -231,11 +240,11 @@ class AdminQueue:
             now = time.monotonic()
             self._require_open()
             if boots != self._boots:
-                raise FirmwareError(f"{self._transport.name}: the device was reset before {opcode.name} was done",
+                raise FirmwareError(f"{self._transport.name}: the device was reset before {_name(opcode)} was done",
                                     hint="try again")
             try:
                 if now > deadline:
-                    raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {opcode.name} within "
+                    raise DeviceTimeout(f"{self._transport.name}: firmware did not complete {_name(opcode)} within "
                                         f"{now - start:.1f} s", cause="firmware hangs", hint="reset the device")
                 if now > next_look:
                     next_look, beat = now + LOOK_SECONDS, self._listen(beat, now)
@@ -308,3 +317,7 @@ class AdminQueue:
             reason = bytes(self.page[:MESSAGE_BYTES]).split(b"\0", 1)[0].decode(errors="replace")
             return ProgramError(reason or text)
         return FirmwareError(text, hint="reset the device")
+
+
+def _name(opcode: int) -> str:
+    return AdminOpcode(opcode).name if opcode in set(AdminOpcode) else f"admin command {opcode:#x}"

@@ -54,6 +54,8 @@ class Capabilities:
     tiles_per_cluster: int
     semaphore_window: int
     host_address_bits: int
+    host_first: int
+    host_last: int
     hbm_base: int
     hbm_bytes: int
     cluster_sram_base: int
@@ -129,6 +131,7 @@ def read_capabilities(transport: Transport) -> Capabilities:
         tile_semaphores=programs["TILE_SEMAPHORES"], clusters=topology["CLUSTERS"],
         tiles_per_cluster=topology["TILES_PER_CLUSTER"], semaphore_window=register("SEMAPHORE_WINDOW"),
         host_address_bits=BAR0["HOST_ADDRESS"].get(register("HOST_ADDRESS"), "BITS"),
+        host_first=register("HOST_FIRST"), host_last=register("HOST_LAST"),
         hbm_base=register("HBM_BASE"), hbm_bytes=register("HBM_SIZE"),
         cluster_sram_base=register("CLUSTER_SRAM_BASE"), tile_sram_base=register("TILE_SRAM_BASE"),
         cluster_sram_bytes=register("CLUSTER_SRAM_SIZE"), tile_sram_bytes=register("TILE_SRAM_SIZE"))

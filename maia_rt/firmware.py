@@ -171,9 +171,10 @@ class Firmware:
         self._beat = -1, time.monotonic()
         self._enabled = True
         self._await_state(BootState.READY, BOOT_SECONDS)
-        window = self._transport.map(PciRegion.BAR2, self.capabilities.semaphore_window,
-                                     4 * self.capabilities.semaphores)
-        self._semaphores = np.frombuffer(window, "<u4")
+        with contextlib.suppress(Unsupported):      # of a share: they are read one by one
+            window = self._transport.map(PciRegion.BAR2, self.capabilities.semaphore_window,
+                                         4 * self.capabilities.semaphores)
+            self._semaphores = np.frombuffer(window, "<u4")
 
     def reset(self) -> None:
         """Reset the function; every queue, context and program is gone."""
@@ -277,6 +278,20 @@ class Firmware:
             admin.execute(AdminOpcode.IDENTIFY, admin.page_iova)
             row = np.frombuffer(admin.page, IDENTIFY, 1)[0]
             return Identity(*(bytes(row[field]).decode(errors="replace") for field in ("model", "firmware", "serial")))
+
+    def run(self, opcode: int, *p: int, params: npt.NDArray[Any] | None = None) -> tuple[int, int, int]:
+        """Run any admin command; return its status and results. For who passes on the commands of others."""
+        return self._admin.run(opcode, *p, params=params)
+
+    def page(self, opcode: AdminOpcode, size: int) -> bytes:
+        """Return the first `size` bytes that IDENTIFY, or GET_LOG of the counters, writes."""
+        admin = self._admin
+        with admin.lock:
+            if opcode == AdminOpcode.IDENTIFY:
+                admin.execute(opcode, admin.page_iova)
+            else:
+                admin.execute(opcode, Log.COUNTERS, admin.page_iova, size)
+            return bytes(admin.page[:size])
 
     def create_queue(self, params: npt.NDArray[Any]) -> int:
         """Create a queue from a CREATE_QUEUE structure; return its id."""
@@ -425,9 +440,11 @@ class Firmware:
                 return np.frombuffer(bytes(block.view()[:min(size, whole)]), record)
 
     def semaphore(self, index: int) -> int:
-        """Read a semaphore from the window in BAR 2; never blocks."""
-        if self._semaphores is None or index >= len(self._semaphores):
+        """Read a semaphore from the window in BAR 2."""
+        if index >= self.capabilities.semaphores:
             raise InvalidArgument(f"{self._transport.name}: there is no semaphore {index}")
+        if self._semaphores is None:
+            return self._transport.read(PciRegion.BAR2, self.capabilities.semaphore_window + 4 * index, 4)
         return int(self._semaphores[index])
 
     def post_semaphore(self, index: int, op: PostOp, value: int) -> None:

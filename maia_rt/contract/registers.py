@@ -72,6 +72,8 @@ class Bar0:
     TILE_SRAM_BASE: Final = 0x058
     CLUSTER_SRAM_SIZE: Final = 0x060
     TILE_SRAM_SIZE: Final = 0x064
+    HOST_FIRST: Final = 0x068
+    HOST_LAST: Final = 0x070
     CONTROL: Final = 0x080
     STATUS: Final = 0x084
     HEARTBEAT: Final = 0x088
@@ -181,6 +183,12 @@ BAR0: Final[dict[str, Register]] = {
     "TILE_SRAM_SIZE": Register("TILE_SRAM_SIZE", 0x064, 32, (
         Field("BYTES", 0, 32, "ro", 0x0, None, 'Bytes.'),
     ), 'SRAM of one tile (by profile).'),
+    "HOST_FIRST": Register("HOST_FIRST", 0x068, 64, (
+        Field("ADDRESS", 0, 64, "ro", 0x0, None, 'Address.'),
+    ), 'First host address that this driver may use (since 1.2): not 0 where several drivers share the device.'),
+    "HOST_LAST": Register("HOST_LAST", 0x070, 64, (
+        Field("ADDRESS", 0, 64, "ro", 0x0, None, 'Address.'),
+    ), 'Last host address that this driver may use (since 1.2); 0 where HOST_ADDRESS.BITS alone says.'),
     "CONTROL": Register("CONTROL", 0x080, 32, (
         Field("ENABLE", 0, 1, "rw", 0x0, None, '0 -> 1 boots firmware with the admin queue as its registers describe it. 1 -> 0 deletes every queue, context and program and goes to RESET.'),
         Field("RESET", 1, 1, "pulse", 0x0, None, 'Write 1 to reset the function as FLR does, but for PCI configuration space. Reads as 0.'),

@@ -91,14 +91,20 @@ class PinnedPool:
         The size of a region, in bytes; a larger block gets a region of its own.
     address_bits : int
         How many address bits the device drives.
+    window : (first, last)
+        The addresses that this program may use, inclusive; a last one of 0 is all.
     """
 
-    def __init__(self, transport: Transport, *, region_size: int = 4 << 20, address_bits: int = 64) -> None:
+    def __init__(self, transport: Transport, *, region_size: int = 4 << 20, address_bits: int = 64,
+                 window: tuple[int, int] = (0, 0)) -> None:
         if region_size <= 0:
             raise InvalidArgument(f"the region size must be positive, not {region_size}")
         self._transport = transport
         self._region_size = region_size
-        self._iovas = IovaAllocator(transport.iova_ranges, transport.page_sizes, address_bits=address_bits)
+        ranges = transport.iova_ranges
+        if window[1]:
+            ranges = [(max(first, window[0]), min(last, window[1])) for first, last in ranges]
+        self._iovas = IovaAllocator(ranges, transport.page_sizes, address_bits=address_bits)
         self._lock = threading.RLock()
         self._mapped: list[_MappedRegion] = []
         self._others: dict[int, int] = {}

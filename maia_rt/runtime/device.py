@@ -117,7 +117,9 @@ class Device:
         try:
             self._firmware = Firmware(transport)
             self.found = self._look_around()
-            self._pool = PinnedPool(transport, address_bits=self._firmware.capabilities.host_address_bits)
+            offered = self._firmware.capabilities
+            self._pool = PinnedPool(transport, address_bits=offered.host_address_bits,
+                                    window=(offered.host_first, offered.host_last))
             self._firmware.boot(self._pool)
             self._identity = self._firmware.identify()
         except BaseException:

@@ -14,13 +14,21 @@ from maia_rt.queue import DEFAULT_TIMEOUT
 from maia_rt.runtime import check
 from maia_rt.runtime.device import Device
 from maia_rt.runtime.embedded import EmbeddedEmulator
-from maia_rt.runtime.hold import busy, holder_of, take_hold
+from maia_rt.runtime.hold import Hold, busy, holder_of, take_hold
 from maia_rt.transport import Transport
 from maia_rt.transport.kernel import KernelDevice
 from maia_rt.transport.vfio_user import VfioUserClient
 
 EMULATED: Final = "emulated"
 """The selector of the embedded device, private to whoever opens it."""
+
+
+SHARE: Final = "share:"
+"""Before the path of a socket that a broker listens on (``maia share``): a part of a device, a device of its own."""
+
+
+_SHARE_SECONDS: Final = 20.0
+"""A broker answers within seconds that all shares are taken; one on a busy host has others to serve first."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     Parameters
     ----------
     selector : int, str or path, optional
-        An index into :func:`devices`, a PCI address such as ``0000:3b:00.0``, the path of a vfio-user socket, or
+        An index into :func:`devices`, a PCI address such as ``0000:3b:00.0``, the path of a vfio-user socket,
+        ``share:PATH`` for a share of a device that ``maia share`` holds, or
         ``emulated`` for an emulator of one's own. None is the first device: hardware where there is any, the embedded
         emulator where there is none.
     timeout : float
@@ -140,15 +149,29 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
     check.instance(validate, bool, "validate")
+    transport, emulator, hold = connect_alone(selector)
+    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues, hold=hold)
+
+
+def connect_alone(selector: int | str | os.PathLike[str] | None) -> tuple[Transport, EmbeddedEmulator | None,
+                                                                           Hold | None]:
+    """As :func:`connect`, and take hold of the device, so that others learn who has it.
+
+    Returns
+    -------
+    transport : Transport
+    emulator : EmbeddedEmulator or None
+    hold : Hold or None
+        To be released last, when the device is left in order.
+    """
     chosen = _choose(selector)
-    hold = None if chosen == EMULATED else take_hold(chosen, chosen)
+    hold = None if chosen == EMULATED or chosen.startswith(SHARE) else take_hold(chosen, chosen)
     try:
-        transport, emulator = connect(chosen)
+        return *connect(chosen), hold
     except BaseException:
         if hold is not None:
             hold.release()
         raise
-    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues, hold=hold)
 
 
 def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Transport, EmbeddedEmulator | None]:
@@ -170,6 +193,8 @@ def connect(selector: int | str | os.PathLike[str] | None = None) -> tuple[Trans
         emulator = EmbeddedEmulator()
         return emulator.transport, emulator
     try:
+        if chosen.startswith(SHARE):
+            return VfioUserClient.connect(chosen.removeprefix(SHARE), _SHARE_SECONDS), None
         if "/" in chosen or os.path.exists(chosen):
             return VfioUserClient.connect(chosen), None
         return KernelDevice.open(chosen), None
@@ -195,7 +220,7 @@ def _choose(selector: int | str | os.PathLike[str] | None) -> str:
     except TypeError:
         raise InvalidType(f"a device is named by an index, a PCI address or a path, not by {type(selector).__name__}",
                           hint="list them with: maia info") from None
-    if text == EMULATED or "/" in text or os.path.exists(text):
+    if text == EMULATED or text.startswith(SHARE) or "/" in text or os.path.exists(text):
         return text
     try:
         return str(PciAddress.parse(text))

@@ -198,7 +198,7 @@ class LaunchOperation(CommandOperation):
         self.kernel.encode(self.args)
         spaces = getattr(self.device, "_spaces", None)
         if spaces is not None and spaces.tiles:
-            spaces.check_launch(self.kernel, self.clusters)
+            spaces.check_launch(self.kernel, self.clusters, self.device._settle)
 
     def _listed(self) -> Listed:
         words = [struct.pack("<f4x", word) if isinstance(word, float) else word.to_bytes(8, "little")

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("maia_tools.info:info", "Show the devices: identity, capabilities, BARs, queues."),
     "reg": ("maia_tools.reg.command:reg", "List, read, watch, compare and write registers by name."),
     "emulate": ("maia_tools.emulate:emulate", "Serve an emulated device on a vfio-user socket."),
+    "share": ("maia_tools.share:share", "Hold a device and give several programs a part of it each."),
     "hang": ("maia_tools.hang:hang", "Show what running programs wait for on their devices."),
     "demo": ("maia_tools.demo:demo", "Run a sentence encoder on the device."),
     "bench": ("maia_tools.bench:bench", "Time submissions, waits, copies and register reads."),
