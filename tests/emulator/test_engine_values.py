@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 from helpers.bare_engine import DATA, HBM, HOST, HOST_BYTES, BareEngine, until
+from helpers.stopwatch import promptly
 from maia_emulator.engine import AdminError
 
 from maia_rt.contract import commands as c
@@ -98,7 +99,7 @@ def test_a_sleeping_device_looks_every_few_milliseconds_and_a_wake_makes_it_look
         if turn % 2:
             bare.engine.wake()
         while queue.progress < queue.index:
-            assert time.monotonic() - start < 1.0
+            promptly(start, 1.0)
         times.append(time.monotonic() - start)
     assert min(times[1::2]) < 0.05
     before = time.process_time()

@@ -25,6 +25,7 @@ from helpers.emulator import (
     spawn,
 )
 from helpers.raw_client import GET_INFO, QEMU_CAPABILITIES, REGION_READ, VERSION, RawClient, access, version_body
+from helpers.stopwatch import promptly
 
 
 def fails(*args, code=1):
@@ -222,10 +223,9 @@ def test_signal_ends_it_soon_and_cleanly(tmp_path, number, client):
     start = time.monotonic()
     process.send_signal(number)
     process.wait(5)
-    took = time.monotonic() - start
-    out, err = end(process)
-    assert (out, err) == ("", "")
-    assert took < 1
+    ended = time.monotonic()
+    assert end(process) == ("", "")
+    promptly(start, 1, ended)
     assert os.listdir(tmp_path) == []
     if attached is not None:
         attached.__exit__(None, None, None)
@@ -246,7 +246,7 @@ def test_signal_while_a_queue_waits_for_ever(tmp_path):
         start = time.monotonic()
         process.terminate()
         process.wait(5)
-        assert time.monotonic() - start < 1
+        promptly(start, 1)
     end(process)
 
 
@@ -320,7 +320,7 @@ def test_inherited_socket_ends_with_sigterm():
     with RawClient(ours) as client:
         start = time.monotonic()
         assert end(process) == ("", "")
-        assert time.monotonic() - start < 1
+        promptly(start, 1)
         with pytest.raises((EOFError, OSError)):
             client.read32(0)
 

@@ -95,7 +95,7 @@ class Steps:
     def runtime(self):
         first, second = self._ours()
         self._guest.run(f"maia bind {first} {second}")
-        run = self._guest.pytest("tests/runtime", "-o", "timeout=300", timeout=GUEST_SECONDS, environment={
+        run = self._guest.pytest("tests/runtime", "-o", "timeout=900", timeout=GUEST_SECONDS, environment={
             "MAIA_TEST_DEVICE": first, "MAIA_TEST_OTHER_DEVICE": second,
             "MAIA_FIRST_INDEX": str(FIRST_INDICES[self._guest.machine.kernel]),
             "MAIA_TEST_TRANSPORT": KERNELS[self._guest.machine.kernel]})
@@ -105,7 +105,7 @@ class Steps:
     def inside(self):
         # The register tool first: edu cannot be reset, and other tests leave numbers in its registers.
         files = sorted(INSIDE, key=lambda name: name != "test_reg")
-        return self._guest.pytest(*(f"tests/guest/inside/{name}.py" for name in files), "-o", "timeout=300",
+        return self._guest.pytest(*(f"tests/guest/inside/{name}.py" for name in files), "-o", "timeout=900",
                                   timeout=GUEST_SECONDS)
 
     def demo(self):
@@ -180,11 +180,11 @@ def check(run, pattern=""):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_runtimes_tests_pass_over_the_kernels_vfio(courses, kernel, request):
+def test_the_runtimes_tests_pass_over_the_kernels_vfio(courses, kernel, record_property):
     run = courses[kernel].result("runtime")
     check(run)
     assert run.transports[KERNELS[kernel]] >= 70
-    request.config.stash[COUNTED] += run.transports
+    record_property(COUNTED, dict(run.transports))
 
 
 @pytest.mark.parametrize(("file", "kernel"), [

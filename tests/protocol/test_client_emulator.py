@@ -8,6 +8,7 @@ import time
 
 import pytest
 from helpers.emulator import eventually, fd_count, listening, running, spawn
+from helpers.stopwatch import promptly
 
 from maia_rt.contract import registers
 from maia_rt.errors import DeviceBusy, DeviceLost, InvalidArgument, TransportError
@@ -188,7 +189,7 @@ def test_a_server_that_is_killed_is_a_lost_device_within_two_seconds(tmp_path):
         process.send_signal(signal.SIGKILL)
         start = time.monotonic()
         thread.join(5)
-        assert time.monotonic() - start < 2
+        promptly(start, 2)
         assert len(failed) == 1
         with pytest.raises(DeviceLost):
             client.service()

@@ -9,6 +9,7 @@ import time
 import pytest
 from helpers.dma_memory import Memory
 from helpers.scripted_server import Device, Region, playing, until_closed
+from helpers.stopwatch import promptly
 from vectors import vfio_user as vectors
 
 from maia_rt.errors import ClosedError, DeviceLost, DeviceTimeout, ProtocolError, TransportError
@@ -192,12 +193,12 @@ def test_no_answer_in_time_is_a_timeout_that_names_the_request_and_ends_the_conn
         start = time.monotonic()
         with pytest.raises(DeviceTimeout, match=r"REGION_READ of 4 bytes at 0x0 of region 0 within 0\.5 s"):
             client.read(0, 0, 4)
-        assert 0.4 < time.monotonic() - start < 3
+        assert promptly(start, 3) > 0.4
         start = time.monotonic()
         with pytest.raises(DeviceLost, match="no answer"):
             client.read(0, 0, 4)
         client.close()
-        assert time.monotonic() - start < 0.5
+        promptly(start, 0.5)
 
 
 def test_a_late_reply_is_never_taken_for_anothers():
@@ -227,7 +228,7 @@ def test_a_server_that_sends_without_end_cannot_hold_a_call():
         start = time.monotonic()
         with pytest.raises(DeviceTimeout):
             client.reset()
-        assert time.monotonic() - start < 2
+        promptly(start, 2)
 
 
 def test_a_server_that_stops_reading_ends_posted_writes_with_a_timeout():
@@ -253,7 +254,7 @@ def test_a_server_that_dies_is_a_lost_device_at_once(action):
             action(client)
         with pytest.raises(DeviceLost):
             client.read(0, 0, 4)
-        assert time.monotonic() - start < 1
+        promptly(start, 1)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 35])

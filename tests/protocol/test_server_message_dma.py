@@ -39,6 +39,7 @@ from helpers.raw_client import (
     header,
     irq_set,
 )
+from helpers.stopwatch import promptly
 
 from maia_rt.contract.commands import CONTRACT_MAJOR, CONTRACT_MINOR
 
@@ -142,7 +143,7 @@ def test_unmap_ends_what_is_under_way_in_its_range(driver):
     request = ask(driver)
     start = time.monotonic()
     driver.client.call(DMA_UNMAP, dma_unmap(SILENT, MEMORY))
-    assert time.monotonic() - start < 1
+    promptly(start, 1)
     assert driver.wait(driver.tail - 1)[1] == BAD_ADDRESS
     # The reply that crossed it is nobody's fault.
     answer(driver, request)
@@ -165,7 +166,7 @@ def test_reset_does_not_wait_for_the_client(driver, how):
         driver.client.call(DEVICE_RESET)
     else:
         driver.client.write32(CONTROL, 2 if how == "register" else 0)
-    assert time.monotonic() - start < 1
+    promptly(start, 1)
     assert driver.client.read32(STATUS) == RESET
     answer(driver, request)
     driver.client.call(DMA_UNMAP, dma_unmap(0, 0, flags=2))
@@ -176,7 +177,7 @@ def test_client_that_never_answers_costs_it_only_time(driver):
     ask(driver)
     start = time.monotonic()
     assert driver.wait(driver.tail - 1)[1] == BAD_ADDRESS
-    assert 4 < time.monotonic() - start < 8
+    assert promptly(start, 8) > 4
     assert driver.client.read32(STATUS) == READY
 
 
@@ -214,7 +215,7 @@ def test_client_that_goes_while_asked(emulator):
     start = time.monotonic()
     with RawClient(emulator[1]) as client:
         assert client.alive()
-    assert time.monotonic() - start < 2
+    promptly(start, 2)
 
 
 def test_read_only_memory_is_not_written(driver):
@@ -273,7 +274,7 @@ def test_reset_while_the_twin_socket_is_silent(twin_driver):
     assert twin.recv().command == DMA_WRITE
     start = time.monotonic()
     driver.client.call(DEVICE_RESET)
-    assert time.monotonic() - start < 1
+    promptly(start, 1)
 
 
 def test_ring_memory_by_messages_that_fails_kills_the_firmware(emulator):

@@ -10,6 +10,7 @@ from helpers.emulator import end, eventually, fd_count, listening, running, spaw
 from helpers.qmp import QmpError
 from helpers.qtest import Machine, PciFunction, QemuError, vfio_user
 from helpers.qtest_device import Device, QtestDriver, RootPort
+from helpers.stopwatch import promptly
 
 ALL_ONES = 0xFFFFFFFF
 SCRATCH = 0xCC
@@ -107,7 +108,7 @@ def test_unplug_under_a_long_copy(emulator, slot):
         slot.unplug()
     start = time.monotonic()
     use(slot.plug(emulator[1]))
-    assert time.monotonic() - start < 4
+    promptly(start, 4)
 
 
 @pytest.mark.parametrize("how", ["quit", "SIGTERM", "SIGKILL"])
@@ -155,7 +156,7 @@ def test_second_machine_is_refused_with_the_reason_and_the_first_goes_on(emulato
     start = time.monotonic()
     with pytest.raises(QemuError, match=BUSY):
         Machine(vfio_user(path))
-    assert time.monotonic() - start < 5
+    promptly(start, 5)
     assert first.read32(SCRATCH) == 77
     with QtestDriver(first) as driver:
         first.write32(0x80, 0)
@@ -215,7 +216,7 @@ def test_server_that_is_gone_reads_as_all_ones_and_nothing_hangs(tmp_path, numbe
             device.set_vector(0, 0x1000, 1)
             device.reset()
             device.read64(0, region=4)  # device memory stays mapped: there is still something, of no meaning
-            assert time.monotonic() - start < 3
+            promptly(start, 3)
         machine.qmp("system_reset")
         machine.qmp.wait("RESET")
         assert machine.qmp("query-status")["status"] != "internal-error"

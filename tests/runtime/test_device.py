@@ -28,6 +28,7 @@ from maia_rt.errors import (
 )
 from tests.helpers import tiny_program
 from tests.helpers.emulator import emulator, eventually, start_emulator  # noqa: F401
+from tests.helpers.stopwatch import promptly
 from tests.runtime.test_stream import hold
 
 
@@ -108,7 +109,7 @@ def test_closing_is_bounded_whatever_the_streams_do(attached):
         hold(stream)
     start = time.monotonic()
     attached.close()
-    assert time.monotonic() - start < 4
+    promptly(start, 4)
 
 
 def test_closing_ends_what_other_threads_wait_for(attached):
@@ -233,7 +234,7 @@ def test_a_killed_emulator_ends_every_wait_at_once():
         with pytest.raises(DeviceLost):
             stream.close()
     device.close()
-    assert time.monotonic() - start < 2
+    promptly(start, 2)
 
 
 @pytest.mark.emulator_process
@@ -255,7 +256,7 @@ def test_a_killed_emulator_ends_a_copy(embedded):
     os.kill(embedded.emulator_pid, signal.SIGKILL)
     thread.join()
     embedded.close()
-    assert time.monotonic() - start < 2
+    promptly(start, 2)
     assert failed
 
 
@@ -268,7 +269,7 @@ def test_an_emulator_that_hangs_is_given_up_at_the_deadline(embedded):
         start = time.monotonic()
         with pytest.raises(DeviceTimeout, match=r"was not done within 0.3 s"):
             stream.synchronize()
-        assert time.monotonic() - start < 1
+        promptly(start, 1)
     finally:
         os.kill(embedded.emulator_pid, signal.SIGCONT)
     with pytest.raises(DeviceTimeout):
@@ -300,7 +301,7 @@ def test_a_program_that_forgets_to_close_ends_cleanly():
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - start < 10
+    promptly(start, 10)
 
 
 def test_an_interrupt_ends_a_wait_and_leaves_the_device_usable(own_selector):

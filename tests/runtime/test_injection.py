@@ -22,6 +22,7 @@ from maia_rt.errors import (
     Unsupported,
 )
 from tests.helpers.emulator import eventually
+from tests.helpers.stopwatch import promptly
 from tests.helpers.tiny_program import image as tiny_image
 
 AT_ONCE = 1.0
@@ -94,7 +95,10 @@ def test_a_delay_makes_a_command_start_later(device, streams):
     stream.fill(buffer, 1)
     other.fill(buffer, 1)
     other.synchronize()
-    assert not stream.query()
+    done = stream.query()
+    if done:
+        promptly(began, 0.06)
+    assert not done
     stream.synchronize()
     assert time.monotonic() - began > 0.06
 
@@ -174,7 +178,7 @@ class Waiters:
         assert len(self.heard) == len(self.threads)
         for at, error in self.heard:
             assert isinstance(error, kind), error
-            assert at - began < AT_ONCE, f"{at - began:.2f} s: {error}"
+            promptly(began, AT_ONCE, at)
 
 
 def hold(device, streams):
@@ -197,7 +201,7 @@ def test_dead_firmware_is_told_to_every_waiter_within_a_second_and_a_reset_bring
     began = time.monotonic()
     with pytest.raises(FirmwareError):
         device.counters()
-    assert time.monotonic() - began < AT_ONCE
+    promptly(began, AT_ONCE)
     streams[2].copy(np.zeros(64, np.uint8), buffer)  # queues run on
     device.reset()
     assert device.counters()["commands"] == 0
@@ -222,10 +226,10 @@ def test_a_device_that_is_gone_is_told_to_every_waiter_within_a_second(embedded,
         began = time.monotonic()
         with pytest.raises(DeviceLost):
             call()
-        assert time.monotonic() - began < AT_ONCE
+        promptly(began, AT_ONCE)
     began = time.monotonic()
     device.close()
-    assert time.monotonic() - began < 5
+    promptly(began, 5)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from maia_rt.pci import PciAddress, bind, binding, iommu, plan, read_function, r
 from maia_rt.pci.attribute import Attributes
 from maia_rt.pci.class_code import class_name, is_endpoint
 from maia_rt.pci.host import Host
+from tests.helpers.stopwatch import promptly
 
 CARD, SISTER, DISK, BRIDGE, ALONE = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:00:01.0", "0000:3d:00.0"
 
@@ -297,7 +298,7 @@ def test_an_attribute_that_blocks_is_left_after_the_time(tmp_path):
         started = time.monotonic()
         with pytest.raises(DeviceTimeout, match=r"within 0\.5 s"):
             attributes.write(tmp_path / "stuck", "x")
-        assert time.monotonic() - started < 10
+        promptly(started, 10)
         # It goes on with a fresh process.
         attributes.seconds = 20
         (tmp_path / "a").write_text("1\n")

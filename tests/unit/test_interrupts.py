@@ -7,6 +7,7 @@ import time
 
 import pytest
 from helpers.emulator import running
+from helpers.stopwatch import promptly
 
 from maia_rt.errors import ClosedError, DeviceLost, DeviceTimeout, ForkedError, InvalidArgument, Unsupported
 from maia_rt.transport import ConfigSpace, Interrupts, PciIrq, open_device
@@ -43,7 +44,7 @@ def test_a_wait_sleeps_until_the_vector_fires(device):
         timer.start()
         began = time.monotonic()
         assert interrupts.wait(timeout=5) == 1
-        assert 0.05 < time.monotonic() - began < 4
+        assert promptly(began, 4) > 0.05
         timer.join()
 
 
@@ -53,7 +54,7 @@ def test_a_wait_ends_at_its_deadline(device):
         began = time.monotonic()
         with pytest.raises(DeviceTimeout, match=r"MSIX vector 1 did not fire within 0\.05 s"):
             interrupts.wait(1, timeout=0.05)
-        assert time.monotonic() - began < 2
+        promptly(began, 2)
         with pytest.raises(DeviceTimeout):
             interrupts.wait(1, timeout=0)
         assert interrupts.wait(0, timeout=0) == 1
@@ -173,7 +174,7 @@ def test_a_server_that_dies_ends_the_wait():
         began = time.monotonic()
         with pytest.raises(DeviceLost):
             interrupts.wait(timeout=20)
-        assert time.monotonic() - began < 10
+        promptly(began, 10)
         timer.join()
 
 

@@ -17,6 +17,7 @@ from maia_rt.contract import commands
 from maia_rt.contract.commands import CommandFlag, Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, DeviceLost, ForkedError, InvalidArgument, QueueFull
 from tests.helpers.ring_consumer import RingConsumer
+from tests.helpers.stopwatch import promptly
 
 SECOND = 1_000_000_000
 NEAR_WRAP = 2**32 - 3
@@ -192,7 +193,7 @@ def test_a_full_ring_gives_up_at_its_deadline():
         start = time.monotonic()
         with pytest.raises(QueueFull, match=r"queue 7: the ring's 4 entries stayed full for 0.1 s; waited for .* 1"):
             device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0)
-        assert 0.09 < time.monotonic() - start < 1
+        assert promptly(start, 1) > 0.09
         with pytest.raises(QueueFull, match="0 of a batch of 3 commands were submitted"):
             device.ring.submit_batch(bytes(192))
         device.step(4)
@@ -281,7 +282,7 @@ def test_a_signal_handler_that_raises_ends_a_wait():
             start = time.monotonic()
             with pytest.raises(Interrupted):
                 device.ring.wait(sequence, 20 * SECOND)
-            assert time.monotonic() - start < 2
+            promptly(start, 2)
             device.step()
             assert device.ring.wait(sequence, SECOND) == fast.WAIT_DONE
     finally:
@@ -340,7 +341,7 @@ def test_a_transport_that_hangs_up_ends_every_wait():
         for thread in threads:
             thread.join(2)
         assert statuses == [fast.WAIT_LOST] * 4
-        assert time.monotonic() - start < 1
+        promptly(start, 1)
         with pytest.raises(DeviceLost):
             device.ring.submit(Opcode.NOP, 0, 0, 0, 0, 0)
 

@@ -23,8 +23,8 @@ from . import kernel, qemu, root
 from .archive import Archive
 from .debian import LabError
 
-BOOT_SECONDS = 120
-COMMAND_SECONDS = 120
+BOOT_SECONDS = 600
+COMMAND_SECONDS = 300
 _END = re.compile(rb"\0END (\d+)\r?\n")
 
 
