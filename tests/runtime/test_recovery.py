@@ -61,9 +61,12 @@ def waiting(*calls):
             heard.append((time.monotonic(), error))
 
     threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    began = time.monotonic()
     for thread in threads:
         thread.start()
     time.sleep(0.1)
+    if heard:
+        promptly(began, 0.2)
     assert not heard
 
     def ended(start):
