@@ -8,6 +8,7 @@ import time
 import pytest
 from helpers.emulator import running
 
+from maia_rt.contract.commands import CONTRACT_MINOR
 from maia_rt.contract.registers import BAR0
 
 
@@ -138,7 +139,7 @@ def test_what_is_no_dump_is_refused(reg, tmp_path, content):
 
 def test_a_hexdump_shows_bytes_in_the_order_of_their_addresses(reg):
     done = reg("dump", "--hex", "bar0:0x0..0xc")
-    assert done.stdout.startswith("bar0:0000  4d 41 49 41 01 00 01 00 ")
+    assert done.stdout.startswith(f"bar0:0000  4d 41 49 41 {CONTRACT_MINOR:02x} 00 01 00 ")
     assert done.stdout.endswith("MAIA........\n")
 
 
