@@ -42,6 +42,7 @@ class Collective:
 
     def query(self) -> bool:
         """Say whether all ranks are done. Raises as :meth:`synchronize`."""
+        self._require_submitted()
         return sum(event.query() for event in self._ends) == len(self._ends)
 
     def synchronize(self, timeout: float | None = None) -> None:
@@ -58,7 +59,10 @@ class Collective:
             Another rank cannot take part; the text names it.
         DeviceFault, DeviceLost, DeviceTimeout
             Of a rank itself.
+        InvalidArgument
+            It was captured.
         """
+        self._require_submitted()
         deadline = time.monotonic() + (self._communicator.timeout if timeout is None else timeout)
         for event in self._ends:
             event.synchronize(max(deadline - time.monotonic(), 0))
@@ -89,6 +93,11 @@ class Collective:
         That rate is measured at the first use; see :meth:`Communicator.measure`.
         """
         return self.bandwidth / self._communicator.rate
+
+    def _require_submitted(self) -> None:
+        if not self._ends:
+            raise InvalidArgument(f"this {self.name} was captured",
+                                  hint="launch the graphs, and wait for their streams")
 
     def __repr__(self) -> str:
         return f"<Collective {self.name}, {self.algorithm}, {self.bytes_moved} bytes>"

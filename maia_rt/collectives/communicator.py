@@ -18,7 +18,7 @@ from maia_rt.collectives.member import Member
 from maia_rt.collectives.path import Path
 from maia_rt.collectives.rank import Rank, Rendezvous
 from maia_rt.collectives.watch import Part, Watch
-from maia_rt.errors import ClosedError, MaiaError, RankFailure
+from maia_rt.errors import CaptureError, ClosedError, MaiaError, RankFailure
 from maia_rt.runtime import check
 from maia_rt.runtime.buffer import Buffer
 from maia_rt.runtime.device import Device
@@ -331,7 +331,15 @@ class Communicator:
             self._require_open()
             for call in calls:
                 members[call.rank].require_ready(call.stream)
-            return self._submit(calls, run, name)
+            captured = [call.stream._capture is not None for call in calls]
+            if not any(captured):
+                return self._submit(calls, run, name)
+            if not all(captured):
+                names = ", ".join(call.stream.name for call in calls)
+                raise CaptureError(f"of {names} some are being captured, some are not",
+                                   hint="capture the streams of all ranks")
+            run(self._group, calls)
+            return Collective(self, calls[0].name, name, requests.bytes_moved(calls), (), ())
 
     def _submit(self, calls: Sequence[Call], run: Callable[[Group, Sequence[Call]], None], name: str) -> Collective:
         members, starts = self._group.members, []

@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from maia_rt.collectives.node import RankOperation
 from maia_rt.contract.commands import Opcode, PostOp, WaitOp
 from maia_rt.contract.program import KernelImage, write
 from maia_rt.errors import DeviceFault
 from maia_rt.queue import FAILED
+from maia_rt.runtime.graph_operation import Listed
 
 if TYPE_CHECKING:
     from maia_rt.collectives.path import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.semaphore import Semaphore
     from maia_rt.runtime.stream import Stream
 
+_LAUNCH: Final = int(Opcode.LAUNCH)
 _COPY: Final = int(Opcode.COPY)
 _NOP: Final = int(Opcode.NOP)
 _SIGNAL: Final = int(Opcode.SIGNAL_REMOTE)
@@ -40,6 +43,7 @@ class Member:
         By peer.
     last : Event or None
         The end of the rank's newest collective.
+    closed : bool
     """
 
     def __init__(self, rank: int, device: Device) -> None:
@@ -51,6 +55,8 @@ class Member:
         self._scratch: Buffer | None = None
         # By peer and lane: what that peer posts to.
         self.semaphores: dict[tuple[int, int], Semaphore] = {}
+        self._kept: set[Program] = set()
+        self.closed = False
         self._words: dict[tuple[int, int], int] = {}
         self._programs: OrderedDict[tuple[object, ...], tuple[Program, Kernel]] = OrderedDict()
 
@@ -67,16 +73,24 @@ class Member:
     def begin(self, stream: Stream) -> None:
         """Come after the rank's collective before, on whatever stream that was."""
         if self._stream is not stream:
-            if self.last is not None and stream._capture is None:
+            if self.last is not None:
                 stream.wait(self.last)
             self._stream = stream
 
     def signal(self, stream: Stream, peer: int, lane: int = 0) -> None:
         """Count one more in the peer's semaphore for this rank, when all before is done."""
-        stream._submit(_SIGNAL, payload=(self._words[peer, lane], _ADD_ONE, 0))
+        payload = self._words[peer, lane], _ADD_ONE, 0
+        if stream._capture is not None:
+            self._add(stream, Listed(_SIGNAL, 0, payload), f"signal to rank {peer}")
+        else:
+            stream._submit(_SIGNAL, payload=payload)
 
     def wait(self, stream: Stream, peers: Iterable[int], lane: int = 0) -> None:
         """Wait for one signal of each of the peers, and take it."""
+        if stream._capture is not None:
+            for peer in peers:
+                stream._capture.wait(self.semaphores[peer, lane], 1, op="acquire")
+            return
         pending = iter(peers)
         while pair := tuple(itertools.islice(pending, 2)):
             stream._submit(_NOP, pre=tuple((self.semaphores[peer, lane].index, _ACQUIRE, 1) for peer in pair),
@@ -84,12 +98,26 @@ class Member:
 
     def copy(self, stream: Stream, dst: int, src: int, nbytes: int) -> None:
         """Copy between addresses as this rank's device sees them."""
-        if nbytes and dst != src:
+        if not nbytes or dst == src:
+            return
+        if stream._capture is not None:
+            self._add(stream, Listed(_COPY, 0, (src, dst, nbytes)), f"copy of {nbytes} bytes between ranks")
+        else:
             stream._submit(_COPY, payload=(src, dst, nbytes))
 
     def launch(self, stream: Stream, kernel: Kernel, addresses: tuple[int, ...]) -> None:
         """Launch a kernel on addresses as this rank's device sees them."""
-        stream._launch(kernel.handle, stream.clusters, addresses)
+        if stream._capture is None:
+            stream._launch(kernel.handle, stream.clusters, addresses)
+            return
+        self._kept.add(kernel.program)
+        args = b"".join(word.to_bytes(8, "little") for word in addresses)
+        self._add(stream, Listed(_LAUNCH, stream.clusters, (kernel.handle | len(addresses) << 32, 0, 0), args, 1),
+                  f"launch of {kernel.name} over ranks")
+
+    def _add(self, stream: Stream, listed: Listed, text: str) -> None:
+        lane = stream._capture
+        lane.front = [lane.capture.builder._add(RankOperation(self.device, self, listed, text), lane.front)]
 
     def at(self, rank: int, address: int) -> int:
         """Where this rank's device sees an address in the memory of another, or its own."""
@@ -104,9 +132,9 @@ class Member:
             image = build()
             program = self.device.load(write([image]))
             found = self._programs[key] = program, program[image.name]
-            if len(self._programs) > _KERNELS:
-                _, (oldest, _) = self._programs.popitem(last=False)
-                oldest.close()
+            free = [old for old, (one, _) in self._programs.items() if one not in self._kept]
+            if len(free) > _KERNELS:
+                self._programs.pop(free[0])[0].close()
         else:
             self._programs.move_to_end(key)
         return found[1]
@@ -128,6 +156,7 @@ class Member:
 
     def close(self) -> None:
         """Give everything back that lies on the device."""
+        self.closed = True
         for program, _ in self._programs.values():
             program.close()
         self._programs.clear()

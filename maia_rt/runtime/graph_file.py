@@ -27,7 +27,7 @@ from maia_rt.runtime.buffer import Memory
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_layout import MAX_DEPTH, Step
 from maia_rt.runtime.graph_node import GraphNode
-from maia_rt.runtime.graph_operation import LaunchOperation
+from maia_rt.runtime.graph_operation import SAVED, LaunchOperation
 from maia_rt.runtime.program import Kernel, Program
 from maia_rt.runtime.semaphore import Semaphore
 
@@ -94,6 +94,9 @@ class _Writer:
     def _node(self, step: Step, after: list[int]) -> dict[str, Any]:
         operation = step.operation
         operation._require_open()
+        if operation.noun not in SAVED:
+            raise Unsupported(f"a {operation.noun} is not saved: {operation._text}, made at {step.node.where}",
+                              hint="capture it anew where the graph is loaded")
         found: dict[str, Any] = {"do": operation.noun, "after": after, "where": step.node.where[-_LONGEST_TEXT:]}
         if operation.noun in ("loop", "condition"):
             self.needs.add("branch")

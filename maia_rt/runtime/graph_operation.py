@@ -441,3 +441,5 @@ _NOUNS: Final[dict[type, str]] = {
     WaitOperation: "wait", SignalOperation: "signal", SemaphoreWaitOperation: "wait",
     LoopOperation: "loop", ConditionOperation: "condition",
 }
+SAVED: Final = frozenset(_NOUNS.values())
+"""The nouns that a graph's file knows."""

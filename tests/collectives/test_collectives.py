@@ -315,3 +315,35 @@ def test_times_give_bandwidth_and_its_part_of_the_bound(open_devices):
         done = ranks.all_reduce(buffers)
         with pytest.raises(maia_rt.errors.InvalidArgument, match="timing=True"):
             _ = done.seconds
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_collectives_are_captured_into_one_graph_a_rank(open_devices, tmp_path, algorithm):
+    with maia_rt.Communicator(open_devices(4), algorithm=algorithm) as ranks, contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(device.create_stream()) for device in ranks.devices]
+        with allocated(ranks, 5001, np.float32) as buffers, allocated(ranks, 4 * 5001, np.float32) as gathered:
+            with contextlib.ExitStack() as capturing:
+                captures = [capturing.enter_context(stream.capture()) for stream in streams]
+                for rank, (stream, buffer) in enumerate(zip(streams, buffers, strict=True)):
+                    stream.fill(buffer, int(np.float32(rank + 1).view(np.int32)), 4)
+                done = ranks.all_reduce(buffers, streams=streams)
+                ranks.all_gather(buffers, gathered, streams=streams)
+            with pytest.raises(maia_rt.errors.InvalidArgument, match="captured"):
+                done.synchronize()
+            with streams[0].capture(), pytest.raises(maia_rt.errors.CaptureError, match="all ranks"):
+                ranks.barrier(streams)
+            graphs = [stack.enter_context(capture.instantiate()) for capture in captures]
+            for _ in range(3):
+                for buffer in gathered:
+                    buffer.device.default_stream.fill(buffer, 0)
+                    buffer.device.default_stream.synchronize()
+                for graph, stream in zip(graphs, streams, strict=True):
+                    graph.launch(stream)
+                for stream in streams:
+                    stream.synchronize(10)
+                for got in hosted(gathered):
+                    assert (got == 10).all()
+            with pytest.raises(maia_rt.errors.Unsupported, match="not saved"):
+                graphs[0].save(tmp_path / "graph")
+    with pytest.raises(maia_rt.errors.ClosedError):
+        graphs[0].launch(streams[0])
