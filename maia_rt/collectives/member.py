@@ -149,6 +149,8 @@ class Member:
 
     def require_ready(self, stream: Stream) -> None:
         """Raise what is wrong with the rank, where its part could not run."""
+        for path in self.paths.values():
+            path.require_direct()
         stream._require_open()
         if stream._account.stopped & FAILED:
             fault: DeviceFault = stream._fault()
@@ -164,6 +166,4 @@ class Member:
             self._scratch._hand_over()
         for semaphore in self.semaphores.values():
             semaphore.close()
-        for path in self.paths.values():
-            path.close()
         self.paths.clear()

@@ -16,6 +16,7 @@ from maia_rt.errors import (
     MismatchedRanks,
     Unsupported,
 )
+from maia_rt.runtime.peer import PeerPath
 
 
 @pytest.fixture
@@ -125,12 +126,12 @@ def test_a_closed_communicator_says_so(open_devices):
 
 def test_a_device_whose_memory_no_peer_can_map_is_refused(open_devices, monkeypatch):
     devices = open_devices(2)
-    monkeypatch.setattr(type(devices[1].transport), "map", refuse)
-    with pytest.raises(Unsupported):
+    monkeypatch.setattr(PeerPath, "_map", refuse)
+    with pytest.raises(Unsupported, match="this region cannot be mapped"):
         maia_rt.Communicator(devices)
 
 
-def refuse(*_):
+def refuse(_):
     raise Unsupported("this region cannot be mapped")
 
 
