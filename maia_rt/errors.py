@@ -381,10 +381,37 @@ class RankFailure(Exception):
         self.reason = reason
 
 
+class PeerFault(DeviceFault):
+    """What a stream waited for on another device will not come: why is the ``__cause__``.
+
+    What the stream was to do after it has not run; the stream goes on after :meth:`maia_rt.Stream.recover`.
+
+    Attributes
+    ----------
+    peer : str
+        The other device.
+    """
+
+    def __init__(self, raised: BaseException, peer: str, **facts: Any) -> None:
+        super().__init__(**facts)
+        self.peer = peer
+        at = f", submitted at {self.where}" if self.where else ""
+        who = f"{self.device}: {self.stream or f'queue {self.queue}'}"
+        why = raised.what if isinstance(raised, MaiaError) else str(raised)
+        what = f"{who}: what it waits for on {peer}{at} will not come"
+        MaiaError.__init__(self, f"{what}: {type(raised).__name__}: {why}",
+                           cause=f"a command before it on {peer} failed, or the device was closed or is gone",
+                           hint="mend what the error names that this one was caused by; stream.recover() lets the "
+                                "stream go on")
+        self.__cause__ = raised
+
+
 def device_fault(facts: dict[str, Any]) -> DeviceFault:
     """Return the error for a fault's facts; with ``raised``, for what the program knows better than the device."""
     if isinstance(facts.get("raised"), RankFailure):
         return RankFailed(facts["raised"], **{name: value for name, value in facts.items() if name != "raised"})
+    if "peer" in facts:
+        return PeerFault(**facts)
     if "raised" in facts:
         return CallbackError(**facts)
     return DeviceFault(**facts)

@@ -153,7 +153,7 @@ class QueuePair:
         self._reports = threading.Lock()
         self._repairing = threading.Lock()
         self._closing = False
-        self._raised: dict[int, BaseException] = {}
+        self._raised: dict[int, dict[str, Any]] = {}
         self._losses: deque[Loss] = deque(maxlen=_LOSSES)
         self._phase = _NONE
         self._aborts: set[int] = set()
@@ -326,7 +326,7 @@ class QueuePair:
             _, _, failed = ring.state
             facts = fault_facts(ring, self._port, self.id, failed, self._describe)
             if failed in self._raised:
-                facts["raised"] = self._raised.pop(failed)
+                facts |= self._raised.pop(failed)
             lost = ring.void(failed, ring.owner(failed) or None)
             if not lost or lost[0][0] != failed:
                 # Nobody's command: then it is everybody's fault.
@@ -369,15 +369,16 @@ class QueuePair:
 
     # --- aborts ------------------------------------------------------------------------------------------------------
 
-    def abort(self, sequence: int, number: int, raised: BaseException | None = None) -> bool:
+    def abort(self, sequence: int, number: int, raised: BaseException | None = None, *, peer: str = "") -> bool:
         """Have the device fail a command of the stream `number`; say whether it was not done yet.
 
-        Where it waits for a function, `raised` is what that raised: then the fault is a CallbackError.
+        Where it waits for a function, `raised` is what that raised: then the fault is a CallbackError. Where it waits
+        for another device, `peer` is its name, and `raised` why that is in vain: then it is a PeerFault.
         """
         if sequence not in self.ring.outstanding(number):
             return False
         if raised is not None:
-            self._raised[sequence] = raised
+            self._raised[sequence] = {"raised": raised, "peer": peer} if peer else {"raised": raised}
         self._aborts.add(sequence)
         self._ask_for_aborts()
         return True

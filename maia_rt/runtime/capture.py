@@ -169,6 +169,8 @@ class CaptureLane:
             if not hasattr(what, "_capture"):
                 raise InvalidType(f"what a stream waits for is {type(what).__name__}, not an Event",
                                   hint="pass an event, a stream or a semaphore")
+            if what.device is not self.stream.device:
+                raise self._abroad(what.device.name)
             if what._capture is None:
                 raise CaptureError(f"{self.stream.name} is being captured and cannot wait for {what!r}",
                                    cause="that stream is not in the capture")
@@ -176,6 +178,8 @@ class CaptureLane:
                 raise CaptureError(f"{self.stream.name} and {what.name} are in different captures")
             self._follow(what._capture.front)
             return
+        if what.device is not self.stream.device:
+            raise self._abroad(what.device.name)
         if what._captured is None:
             if what._queue is None:
                 return  # never recorded: done
@@ -186,6 +190,11 @@ class CaptureLane:
         if lane.capture is not self.capture:
             raise CaptureError("the event was recorded in another capture")
         self._follow(front)
+
+    def _abroad(self, device: str) -> CaptureError:
+        return CaptureError(f"{self.stream.name} is being captured and cannot wait for {device}",
+                            cause="a graph runs on one device",
+                            hint="capture a graph on each device; their streams wait for each other between launches")
 
     def refuse(self, call: str, hint: str) -> CaptureError:
         """What a call that cannot be captured raises."""
@@ -227,6 +236,9 @@ def fork(stream: Stream, event: Event) -> None:
     assert event._captured is not None
     lane, front = event._captured
     capture: Capture = lane.capture
+    if lane.stream.device is not stream.device:
+        raise CaptureError(f"{stream.name} cannot wait for a place in a graph of {lane.stream.device.name}",
+                           cause="a graph runs on one device", hint="wait for the stream that launches the graph")
     if capture._state != "under way":
         raise CaptureError(f"{stream.name} cannot wait for an event that was recorded in a capture that has ended",
                            cause="it stands for a place in a graph, not for a moment",

@@ -36,6 +36,7 @@ from maia_rt.runtime import allocation, check
 from maia_rt.runtime.addresses import AddressBook
 from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.callback import Dispatcher
+from maia_rt.runtime.crossing import Crossings
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.graph import Graph
@@ -113,6 +114,7 @@ class Device:
         self._pinned = PinnedRanges()
         self._addresses = AddressBook(self._memories)
         self._peers = PeerTable(self, peer_checks)
+        self._crossings = Crossings(self)
         self._reclaimer = Reclaimer(lambda: [*self._queues, *self._peers.queues()])
         try:
             self._firmware = Firmware(transport)
@@ -593,6 +595,7 @@ class Device:
                 self._validator.clear()
             self._firmware.boot(self._pool)
             self._forget_contents()
+            self._crossings.withdraw()
             self._running = True
 
     @property
@@ -627,6 +630,7 @@ class Device:
             self._running = False
             if self._dispatcher is not None:
                 self._dispatcher.close()
+            self._crossings.close()
             if firmware is not None:
                 # So that nothing touches what its children give back below.
                 firmware.stop()
@@ -673,6 +677,7 @@ class Device:
                 self._live.close()
             if self._dispatcher is not None:
                 self._dispatcher.end()
+            self._crossings.end()
             # The transport may not be called here. It goes with the device, and takes from the hardware what it had.
             self._firmware.close()
 

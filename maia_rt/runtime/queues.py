@@ -239,6 +239,13 @@ class QueueTable:
             place = self._places.get(queue)
             return place is not None and bool(place.refresh().waits) and place.waits[0] <= sequence
 
+    def waits_after(self, queue: QueuePair, sequence: int, until: int | None = None) -> bool:
+        """Say whether such a wait stands behind a command, and before the command `until` where that is given."""
+        with self._lock:
+            place = self._places.get(queue)
+            return place is not None and any(wait == _UNKNOWN or (wait > sequence and (until is None or wait < until))
+                                             for wait in place.refresh().waits)
+
     def leave(self, account: Account, queue: QueuePair) -> None:
         """Take a stream that ends off its queue. What it has not done yet is aborted.
 

@@ -211,6 +211,12 @@ class SemaphorePool:
                                       hint="close those that are no longer needed")
             return heapq.heappop(self._free)
 
+    def withhold(self, index: int) -> None:
+        """Take a certain one out."""
+        with self._lock:
+            self._free.remove(index)
+            heapq.heapify(self._free)
+
     def give_back(self, index: int) -> None:
         """Take one back that no command uses any more."""
         with self._lock:

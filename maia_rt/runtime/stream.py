@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from maia_rt._fast.lane import Lane
 from maia_rt._fast.ring import Account
-from maia_rt.contract.commands import Condition, Opcode, WaitOp
+from maia_rt.contract.commands import Condition, Opcode, PostOp, WaitOp
 from maia_rt.errors import (
     ClosedError,
     DeviceFault,
@@ -33,6 +34,7 @@ from maia_rt.runtime.buffer import Buffer, Memory, Shape
 from maia_rt.runtime.callback import StreamCalls
 from maia_rt.runtime.capture import Capture, fork
 from maia_rt.runtime.copy import CopyPath, copy, multicast, require_plain
+from maia_rt.runtime.crossing import Crossings
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.pool import MemoryPool, allocate, free
 from maia_rt.runtime.program import Kernel
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 _NOP, _FILL = int(Opcode.NOP), int(Opcode.FILL)
 _WAIT_VALUE, _WRITE_IMM = int(Opcode.WAIT_VALUE), int(Opcode.WRITE_IMM)
+_SIGNAL_REMOTE = int(Opcode.SIGNAL_REMOTE)
 ConditionName = Literal["ge", "eq", "ne", "and"]
 CONDITIONS: Final[dict[str, Condition]] = {name.lower(): Condition[name] for name in ("GE", "EQ", "NE", "AND")}
 _GE: Final = WaitOp.GE
@@ -109,6 +112,8 @@ class Stream(Lane):
         self._closed = False
         self._staging: Staging | None = None
         self._calls: StreamCalls | None = None
+        # Who on other devices waits for this stream by what it pushes there.
+        self._pushes: weakref.WeakSet[Crossings] = weakref.WeakSet()
         self._staging_lock = threading.RLock()
 
     # --- commands ----------------------------------------------------------------------------------------------------
@@ -324,7 +329,8 @@ class Stream(Lane):
         what : Event, Stream or Semaphore
             An event: the moment that was last recorded; one never recorded is done. So is one whose stream has stopped
             at a fault: that is told where the event or its stream is waited for. A stream: all that was submitted to it
-            so far. A semaphore: until it meets `value`, by whomever it is signalled, now or later.
+            so far. Both may be another device's; then their failure is this stream's too, within a second. A
+            semaphore: until it meets `value`, by whomever it is signalled, now or later.
         value : int, optional
             Of a semaphore, 0 to 2^32 - 1.
         op : {'ge', 'eq', 'acquire'}
@@ -335,6 +341,10 @@ class Stream(Lane):
         ------
         OutOfQueues
             For a semaphore: nobody would be left to signal it, see :meth:`maia_rt.Device.create_stream`.
+        PeerFault
+            An event of another device is lost already.
+        OutOfSemaphores
+            A wait for another device takes one of this device's.
         InvalidArgument, InvalidType, ClosedError, QueueFull, DeviceFault, DeviceLost
         """
         if self._capture is not None:
@@ -349,10 +359,11 @@ class Stream(Lane):
         if isinstance(what, Stream):
             what = what.record()
         event = check.instance(what, Event, "what a stream waits for", "pass an event, a stream or a semaphore")
-        if event.device is not self.device:
-            raise InvalidArgument("the event belongs to another device")
         if event._captured is not None:
             fork(self, event)
+            return
+        if event.device is not self.device:
+            self._wait_for_peer(event)
             return
         if self.device._validator is not None:
             self.device._validator.wait(self, event)
@@ -364,6 +375,13 @@ class Stream(Lane):
         # A queue's progress is also in the semaphore of its number.
         self._submit(_NOP, pre=((queue.id, _GE, sequence & WORD),),
                      unbounded=self.device._queues.waits_behind(queue, sequence))
+
+    def _wait_for_peer(self, event: Event) -> None:
+        if self.device._validator is not None:
+            self.device._validator.arrive(self)
+        if self._account.stopped:
+            self._resume()
+        self.device._crossings.wait(self, event)
 
     def _wait_for_semaphore(self, semaphore: Semaphore, value: int | None, op: str) -> None:
         self._require_semaphore(semaphore)
@@ -382,6 +400,7 @@ class Stream(Lane):
         Parameters
         ----------
         semaphore : Semaphore
+            Also of another device.
         value : int
             What is added, 0 to 2^31 - 1, or with ``op='set'`` what it then holds, 0 to 2^32 - 1.
         op : {'add', 'set'}
@@ -394,13 +413,32 @@ class Stream(Lane):
             self._capture.signal(semaphore, value, op=op)
             return
         self._require_open()
-        self._require_semaphore(semaphore)
+        check.instance(semaphore, Semaphore, "a semaphore", "make one with device.create_semaphore()")
+        semaphore._require_open()
         if op not in POSTS:
             raise InvalidArgument(f"a stream posts to a semaphore with 'add' or 'set', not {op!r:.40}")
         value = check.integer(value, "a semaphore's value", 0, MOST_ADDED if op == "add" else WORD)
+        if semaphore.device is not self.device:
+            self._signal_peer(semaphore, POSTS[op], value)
+            return
         if self.device._validator is not None:
             self.device._validator.signal(self, semaphore.index, semaphore.name, POSTS[op], value)
         self._submit(_NOP, post=((semaphore.index, POSTS[op], value),))
+
+    def _signal_peer(self, semaphore: Semaphore, op: PostOp, value: int) -> None:
+        peer = semaphore.device
+        if peer._validator is not None:
+            peer._validator.signal_from_afar(semaphore.index, semaphore.name, op, value,
+                                             f"{self.device.name}: {self.name}")
+        try:
+            address = self.device.peer(peer).semaphore(semaphore)
+        except Unsupported:  # no direct path
+            if self._account.stopped:
+                self._resume()
+            index = semaphore.index
+            self.device._crossings.relay(self, lambda: peer._firmware.post_semaphore(index, op, value))
+        else:
+            self._submit(_SIGNAL_REMOTE, payload=(address, op | value << 32, 0))
 
     def wait_value(self, memory: Memory, value: int, *, condition: ConditionName = "ge", mask: int = WORD) -> None:
         """Let what is submitted from here on start only when a word of memory meets a condition.
@@ -643,6 +681,8 @@ class Stream(Lane):
                 with contextlib.suppress(DeviceFault):
                     queue.wait(account.last if queue is self._queue else sequence, self.timeout)
                 queue.settle()
+            for crossings in list(self._pushes):
+                crossings.forsake(self)
             lost, account.lost, account.failure = account.lost, [], None
             account.last = self._ring.initial
             if self._staging is not None:

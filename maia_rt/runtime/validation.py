@@ -91,6 +91,25 @@ class Validator:
                 line = self._timeline(stream)
                 line.clock = join(line.clock, clock)
 
+    def arrive(self, stream: Stream) -> None:
+        """Take note that what comes on `stream` waits for another device, where order is not followed.
+
+        All that has been submitted so far is taken to be done by then: races may go unseen, none is made up.
+        """
+        with self._lock:
+            line = self._timeline(stream)
+            line.clock = join(line.clock, self._everything())
+
+    def signal_from_afar(self, semaphore: Hashable, name: str, op: int, value: int, where: str) -> None:
+        """Take note that another device posts to a semaphore; of its order likewise."""
+        with self._lock:
+            found = self._semaphores.setdefault(semaphore, SemaphoreHistory(name))
+            found.by_host = True
+            found.post(Post(op, value, self._everything(), f"{where} signals {name}", _caller()), self._host.counts)
+
+    def _everything(self) -> Clock:
+        return Clock({line.number: line.count for line in self._streams.values()}, frozenset())
+
     # --- semaphores and memory words ---------------------------------------------------------------------------------
 
     def create_semaphore(self, semaphore: Hashable, name: str, value: int) -> None:

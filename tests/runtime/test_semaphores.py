@@ -159,7 +159,7 @@ def test_wrong_semaphores_values_and_words_are_refused(attached, other_device):
                             (lambda: stream.wait(closed, 1), ClosedError),
                             (lambda: stream.wait(3), InvalidType),
                             (lambda: stream.wait(stream.record(), 1), InvalidArgument),
-                            (lambda: stream.signal(foreign), InvalidArgument),
+                            (lambda: stream.signal(foreign, HALF), InvalidArgument),
                             (lambda: stream.signal(closed), ClosedError),
                             (lambda: stream.signal(buffer), InvalidType),
                             (lambda: stream.signal(semaphore, HALF), InvalidArgument),
