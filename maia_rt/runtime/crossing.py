@@ -77,6 +77,12 @@ class Crossing:
         """Whether nothing waits any more."""
         return self.wait[0].quiet(self.wait[1])
 
+    def __str__(self) -> str:
+        queue, sequence = self.event
+        where = queue.where(sequence)
+        return (f"command {sequence} of queue {queue.id} of {label(self.device)}"
+                + (f", submitted at {where}" if where else ""))
+
     def look(self, gone: MaiaError | None) -> None:
         """Post where only the signal was lost; fail the waiter where what it waits for was. `gone`: the device is."""
         if self.settled:

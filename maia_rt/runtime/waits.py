@@ -134,6 +134,11 @@ def semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int)
     for stream in scene.device._open_streams():
         if stream._calls is not None and stream._calls.semaphore.index == index:
             return HangWait(_call(scene.device, stream), (), index, value, wanted, by_program=True)
+    for crossing in scene.device._crossings:
+        if crossing.index == index and crossing.value == wanted:
+            # Another device signals it, as the program's own doing as far as this device is concerned.
+            return HangWait(f"waits for {crossing}, by semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is "
+                            f"{value}", (), index, value, wanted, by_program=True)
     posts = tuple(scene.signallers(index))
     text = f"waits for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}{_last_writer(scene, index)}"
     text += _who(posts, "signal")

@@ -257,6 +257,17 @@ def test_a_reset_waiter_waits_anew(pair):
             waiter.synchronize()
 
 
+def test_a_hang_report_names_the_command_of_the_other_device(ends):
+    waiter, source = ends
+    with hold(source) as gate:
+        waiter.wait(source)
+        report = waiter.device.hang_report()
+        assert report.verdict is maia_rt.HangVerdict.WAITING
+        assert f"of {source.device.name} (process {source.device.emulator_pid}), submitted at {__file__}" in str(report)
+        gate.add(1)
+        waiter.synchronize()
+
+
 def test_more_waits_than_semaphores_take_one_each_stream(ends):
     waiter, source = ends
     for _ in range(waiter.device.capabilities.semaphores + 10):
