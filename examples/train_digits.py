@@ -19,19 +19,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from maia_tools.failure import exit_code, explain
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import maia_rt
 from maia_rt import kernels
 from maia_rt.contract import program
-from maia_tools.failure import exit_code, explain
 
 PIXELS, CLASSES, HELD_OUT = 64, 10, 360
 TOLERANCE = 1e-3
@@ -257,7 +259,8 @@ def load(path: Path, settings: Settings) -> dict[str, np.ndarray]:
         theirs = Settings(**json.loads(str(arrays.pop("settings"))))
     except FileNotFoundError:
         raise click.UsageError(f"there is no checkpoint {path} to go on from") from None
-    except Exception as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError, SyntaxError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise click.UsageError(f"{path} is no checkpoint, or a damaged one: {error}") from error
     if not sound:
         raise click.UsageError(f"{path} is damaged: its checksum is another")
@@ -294,7 +297,7 @@ def numpy_losses(settings: Settings, digits: Digits, epochs: int) -> np.ndarray:
             losses.append((np.log(total[:, 0]) - logits[np.arange(len(batch)), label]).mean())
             slope = (np.exp(logits) / total - (label[:, None] == np.arange(CLASSES))) / len(batch)
             back = slope @ w2.T * (hidden > 0)
-            for name, part in (("w1", x.T @ back), ("b1", back.sum(0)), ("w2", hidden.T @ slope), ("b2", slope.sum(0))):
+            for name, part in {"w1": x.T @ back, "b1": back.sum(0), "w2": hidden.T @ slope, "b2": slope.sum(0)}.items():
                 gradient[spans[name]] = part.ravel()
             speed[:] = settings.momentum * speed + gradient
             weights -= settings.rate * speed
@@ -343,7 +346,8 @@ def plot(path: Path, losses: np.ndarray, reference: np.ndarray, accuracies: np.n
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--devices", type=click.IntRange(1, 64), default=2, show_default=True, help="How many emulated devices.")
 @click.option("--device", "selectors", multiple=True, metavar="SELECTOR", help="These devices instead; repeatable.")
-@click.option("--epochs", type=click.IntRange(1, 10_000), default=30, show_default=True, help="In all, resumed or not.")
+@click.option("--epochs", type=click.IntRange(1, 10_000), default=30, show_default=True,
+              help="In all, resumed or not.")
 @click.option("--hidden", type=click.IntRange(1, 4096), default=Settings.hidden, show_default=True)
 @click.option("--batch", type=click.IntRange(1, 1437), default=Settings.batch, show_default=True)
 @click.option("--rate", type=click.FloatRange(0, 1), default=Settings.rate, show_default=True)
@@ -352,7 +356,7 @@ def plot(path: Path, losses: np.ndarray, reference: np.ndarray, accuracies: np.n
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="train_digits.out", show_default=True,
               help="Where checkpoint.npz and loss.png go.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint there.")
-@click.option("--lose", type=click.IntRange(0), metavar="NUMBER", help="Pull this device half way, to see what happens.")
+@click.option("--lose", type=click.IntRange(0), metavar="NUMBER", help="Pull this device half way, to see it fail.")
 @click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
 def main(devices: int, selectors: tuple[str, ...], epochs: int, out: Path, resume: bool, lose: int | None,
          as_json: bool, **choices: Any) -> None:
@@ -373,8 +377,9 @@ def main(devices: int, selectors: tuple[str, ...], epochs: int, out: Path, resum
         if state is not None:
             training.restore(state)
         began, first = time.perf_counter(), training.epoch
-        with Progress(TextColumn("training on {task.fields[names]}"), BarColumn(), MofNCompleteColumn(),
-                      TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        columns = (TextColumn("training on {task.fields[names]}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=epochs, completed=first, state="",
                                      names=f"{len(opened)} device{'s' * (len(opened) > 1)}")
             while training.epoch < epochs:
@@ -397,8 +402,8 @@ def main(devices: int, selectors: tuple[str, ...], epochs: int, out: Path, resum
     if as_json:
         click.echo(json.dumps(figures))
     else:
-        click.echo(f"{len(losses)} epochs: loss {figures['loss']:.5f}, {accuracies[-1]:.2%} of {HELD_OUT} held-out digits "
-                   f"right, {figures['samples_per_second']:,.0f} samples/s\n"
+        click.echo(f"{len(losses)} epochs: loss {figures['loss']:.5f}, {accuracies[-1]:.2%} of {HELD_OUT} held-out "
+                   f"digits right, {figures['samples_per_second']:,.0f} samples/s\n"
                    f"losses within {difference:.1e} of numpy's (allowed {TOLERANCE:.0e}); {out}/loss.png shows both")
     if not difference <= TOLERANCE:
         raise click.ClickException("the losses are not numpy's")
@@ -410,5 +415,6 @@ if __name__ == "__main__":
     except maia_rt.errors.MaiaError as failure:
         what, cause, hint = explain(failure)
         click.echo(f"{what}\n  cause: {cause}\n  try: {hint}\n"
-                   "  the last checkpoint is whole: go on from it with --resume, on the devices that are left", err=True)
+                   "  the last checkpoint is whole: go on from it with --resume, on the devices that are left",
+                   err=True)
         sys.exit(exit_code(failure))
