@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 import numpy as np
-from maia_tools.failure import exit_code, explain
+from maia_tools.failure import FAULT, TIMEOUT, exit_code, explain
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -414,7 +414,7 @@ if __name__ == "__main__":
         main(standalone_mode=True)
     except maia_rt.errors.MaiaError as failure:
         what, cause, hint = explain(failure)
-        click.echo(f"{what}\n  cause: {cause}\n  try: {hint}\n"
-                   "  the last checkpoint is whole: go on from it with --resume, on the devices that are left",
-                   err=True)
+        click.echo(f"{what}\n  cause: {cause}\n  try: {hint}", err=True)
+        if exit_code(failure) in (FAULT, TIMEOUT):
+            click.echo("  the last checkpoint is whole: go on with --resume, on the devices that are left", err=True)
         sys.exit(exit_code(failure))
