@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import maia_rt
 from maia_rt import kernels
 from maia_rt.contract import program
+from maia_rt.errors import ClosedError
 
 PIXELS, CLASSES, HELD_OUT = 64, 10, 360
 TOLERANCE = 1e-3
@@ -415,6 +416,8 @@ if __name__ == "__main__":
     except maia_rt.errors.MaiaError as failure:
         what, cause, hint = explain(failure)
         click.echo(f"{what}\n  cause: {cause}\n  try: {hint}", err=True)
-        if exit_code(failure) in (FAULT, TIMEOUT):
+        # A communicator that has failed refuses further calls; why it failed is what counts.
+        code = exit_code(failure.__cause__ if isinstance(failure, ClosedError) and failure.__cause__ else failure)
+        if code in (FAULT, TIMEOUT):
             click.echo("  the last checkpoint is whole: go on with --resume, on the devices that are left", err=True)
-        sys.exit(exit_code(failure))
+        sys.exit(code)
