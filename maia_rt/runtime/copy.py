@@ -16,6 +16,7 @@ from maia_rt.contract.commands import MAX_INLINE_BYTES, Opcode
 from maia_rt.errors import DeviceFault, FaultCode, InvalidArgument, InvalidType, Unsupported
 from maia_rt.runtime import dlpack, strides
 from maia_rt.runtime.buffer import Memory
+from maia_rt.runtime.peer_copy import copy_between, is_foreign, require_pair
 from maia_rt.runtime.staging import CHUNK_BYTES, STAGING_BYTES, Staging
 from maia_rt.runtime.strided_copy import from_array, ranges, submit, to_array
 from maia_rt.runtime.strides import Dims
@@ -36,7 +37,7 @@ class CopyPath(enum.Enum):
     INLINE = "inline"
     """Inside the command: up to 16 bytes from memory the device does not reach."""
     STAGED = "staged"
-    """In chunks through pinned memory of the stream."""
+    """In chunks through pinned memory of the stream; between devices, through memory that both have pinned."""
     DIRECT = "direct"
     """By the device alone, which reaches both ends: one command, more for strided memory of over three dimensions."""
 
@@ -78,6 +79,8 @@ def copy(stream: Stream, dst: Any, src: Any, checksum: bool = False) -> CopyPath
             and not checksum and device._validator is None and dst.nbytes):
         stream._submit(_COPY, payload=(src.address, dst.address, dst.nbytes))
         return CopyPath.DIRECT
+    if is_foreign(stream, dst) or is_foreign(stream, src):
+        return _copy_to_peer(stream, dst, src, checksum)
     to, at = _locate(stream, dst, "dst"), _locate(stream, src, "src")
     if to.nbytes != at.nbytes:
         raise InvalidArgument(f"dst has {to.nbytes} bytes, src {at.nbytes}", hint="copy a slice")
@@ -101,6 +104,22 @@ def copy(stream: Stream, dst: Any, src: Any, checksum: bool = False) -> CopyPath
     if to.address is None and stream.device._validator is not None:
         stream.device._validator.synchronized(stream)
     return path
+
+
+def _copy_to_peer(stream: Stream, dst: Any, src: Any, checksum: bool) -> CopyPath:
+    target, source = require_pair(stream, dst, src)
+    strided = not (target.contiguous and source.contiguous)
+    if checksum:
+        _require_checksum(stream, strided)
+    if not target.nbytes:
+        return CopyPath.DIRECT
+    if stream.device._validator is not None:
+        reads, writes = ([_accessed(_locate(stream, memory, what), memory) if memory.device is stream.device else []
+                          for memory, what in ((source, "src"), (target, "dst"))])
+        stream.device._validator.command(stream, "copy", reads, writes)
+    with stream._staging_lock:
+        direct = copy_between(stream, _stage(stream), target, source, checksum)
+    return CopyPath.DIRECT if direct else CopyPath.STAGED
 
 
 def multicast(stream: Stream, dsts: Sequence[Memory], src: Memory) -> int:

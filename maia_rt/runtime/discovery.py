@@ -15,6 +15,7 @@ from maia_rt.runtime import check
 from maia_rt.runtime.device import Device
 from maia_rt.runtime.embedded import EmbeddedEmulator
 from maia_rt.runtime.hold import Hold, busy, holder_of, take_hold
+from maia_rt.runtime.peer import PEER_CHECKS
 from maia_rt.transport import Transport
 from maia_rt.transport.kernel import KernelDevice
 from maia_rt.transport.vfio_user import VfioUserClient
@@ -99,7 +100,8 @@ def _is_address(word: str, address: str) -> bool:
 
 
 def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float = DEFAULT_TIMEOUT,
-         validate: bool | None = None, sites: bool = True, max_queues: int | None = None) -> Device:
+         validate: bool | None = None, sites: bool = True, max_queues: int | None = None,
+         peer_checks: int | None = None) -> Device:
     """Open a device.
 
     Parameters
@@ -120,6 +122,9 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
         than 100 ns a command.
     max_queues : int, optional
         How many hardware queues the program uses at most; all that the device has by default. Streams share them.
+    peer_checks : int, optional
+        Of so many direct copies of its streams to or from another device one is compared with its source, 0 for none.
+        By default what ``MAIA_PEER_CHECKS`` says, or 256.
 
     Returns
     -------
@@ -149,8 +154,15 @@ def open(selector: int | str | os.PathLike[str] | None = None, *, timeout: float
     if validate is None:
         validate = os.environ.get("MAIA_VALIDATE", "0") not in ("", "0")
     check.instance(validate, bool, "validate")
+    if peer_checks is None:
+        said = os.environ.get("MAIA_PEER_CHECKS", str(PEER_CHECKS))
+        if not said.isdecimal():
+            raise InvalidArgument(f"MAIA_PEER_CHECKS is {said!r:.40}, not a whole number")
+        peer_checks = int(said)
+    peer_checks = check.integer(peer_checks, "peer_checks", 0, 1 << 31)
     transport, emulator, hold = connect_alone(selector)
-    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues, hold=hold)
+    return Device(transport, emulator, timeout, validate=validate, sites=sites, max_queues=max_queues, hold=hold,
+                  peer_checks=peer_checks)
 
 
 def connect_alone(selector: int | str | os.PathLike[str] | None) -> tuple[Transport, EmbeddedEmulator | None,

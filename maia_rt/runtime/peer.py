@@ -248,7 +248,7 @@ class PeerPath:
             text = (f"the path from {self.device.name} to {self.other.name} is given up: {self._why}; the "
                     "copy has been made anew through the host")
             _log.error("%s", text)
-            warnings.warn(text, RuntimeWarning, stacklevel=5)
+            warnings.warn(text, RuntimeWarning, stacklevel=7)
 
     def _find_use(self, start: int, end: int) -> Use | None:
         """Find a command of the device that uses an address of the peer."""

@@ -107,10 +107,10 @@ class PeerLink:
 
     def close(self) -> None:
         """End with one of the devices, whose streams have been waited for."""
-        for device, stream in self._streams.items():
-            if not device.closed:
-                with contextlib.suppress(MaiaError):
-                    stream.close()
+        # The device that is being closed still runs.
+        for stream in self._streams.values():
+            with contextlib.suppress(MaiaError):
+                stream.close()
         self._streams = {}
         for device, iova in self._iovas.items():
             with contextlib.suppress(MaiaError):

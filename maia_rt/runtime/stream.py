@@ -125,7 +125,7 @@ class Stream(Lane):
         ----------
         dst, src : Buffer, HostBuffer, array, or another object with a buffer or with DLPack on the CPU
             Of the same number of bytes; at least one of them memory of this device. Where one is strided, of the same
-            shape and element size. Dtypes are not converted.
+            shape and element size. Dtypes are not converted. The other one may be a buffer of another device.
         checksum : bool
             Compare the CRC-32 of what arrived with that of the source. A difference is a fault: CHECKSUM. Both ends are
             contiguous.
@@ -140,6 +140,8 @@ class Stream(Lane):
         As with CUDA, memory of the device and pinned memory is read and written while the program goes on: wait for
         the stream before it is touched. Other host memory is read before the call returns; where it is the
         destination, the call returns when the copy is done. An array over a :class:`HostBuffer` counts as pinned.
+        Between two devices the copy runs while the program goes on where :meth:`maia_rt.Device.peer` says ``direct``;
+        where it says ``staged``, and from or to SRAM of the other one, the call waits for the stream and does the copy.
 
         Raises
         ------

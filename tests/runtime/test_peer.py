@@ -7,6 +7,7 @@ from helpers.emulator import running
 import maia_rt
 from maia_rt.contract.commands import Opcode, PostOp
 from maia_rt.errors import BufferInUse, ClosedError, DeviceLost, InvalidArgument, InvalidType, Unsupported
+from maia_rt.runtime import peer_copy
 
 pytestmark = pytest.mark.emulator_process
 
@@ -157,3 +158,67 @@ def test_a_path_whose_commands_fail_is_staged(two):
     assert path.kind == "staged"
     assert "ADDRESS" in path.why
     assert path.bandwidth > 0
+
+
+@pytest.fixture(params=["direct", "staged"])
+def pair(two, request):
+    """Two devices that reach each other, or cannot."""
+    if request.param == "staged":
+        two[0].inject("fault:code=ADDRESS,opcodes=SIGNAL_REMOTE")
+    assert two[0].peer(two[1]).kind == request.param
+    return two
+
+
+def test_a_stream_copies_between_devices_any_way_and_shape(pair):
+    one, other = pair
+    wanted = maia_rt.CopyPath(one.peer(other).kind)
+    given = np.random.default_rng(2).integers(0, 1 << 16, (300, 4001), np.uint16)
+    with (one.create_stream() as stream, other.upload(given) as far, one.allocate(given.shape, np.uint16) as near,
+          other.allocate(given.shape, np.uint16) as back):
+        assert stream.copy(near, far) is wanted
+        assert stream.copy(back, near, checksum=True) is wanted
+        assert np.array_equal(back.copy_to_host(), given)
+        assert stream.copy(near[::2, 1::3], far[1::2, :-1:3]) is wanted
+        assert stream.copy(back[5:9].view() if back[5:9].contiguous else back[5:9], near[0:4].view()) is wanted
+        given_near = given.copy()
+        given_near[::2, 1::3] = given[1::2, :-1:3]
+        assert np.array_equal(near.copy_to_host(stream), given_near)
+        assert np.array_equal(back.copy_to_host()[5:9], given_near[:4])
+        assert stream.copy(near[:0], far[:0]) is maia_rt.CopyPath.DIRECT
+        with other.allocate(64, space=maia_rt.Space.tile(0)) as sram, one.allocate(64) as small:
+            stream.fill(small, 7)
+            assert stream.copy(sram, small) is maia_rt.CopyPath.STAGED
+            assert set(sram.copy_to_host()) == {7}
+
+
+def test_a_copy_between_devices_refuses_what_is_neither(two):
+    one, other = two
+    with (one.create_stream() as stream, one.allocate(64) as near, other.allocate(64) as far,
+          other.allocate_host(64) as host, other.allocate(65) as longer):
+        for dst, src in ((far, far), (far, np.zeros(64, np.uint8)), (np.zeros(64, np.uint8), far), (host, near),
+                         (near, host), (near, longer)):
+            with pytest.raises(InvalidArgument):
+                stream.copy(dst, src)
+        gone = other.allocate(64)
+        gone.close()
+        with pytest.raises(ClosedError):
+            stream.copy(near, gone)
+        stream.copy(near, far)
+
+
+def test_a_copy_that_arrives_wrong_is_found_mended_and_the_path_given_up(monkeypatch):
+    monkeypatch.setenv("MAIA_PEER_CHECKS", "3")
+    monkeypatch.setattr(peer_copy, "_REST_NS", 10**10)
+    with running(devices=2) as (_, paths), maia_rt.open(paths[0]) as one, maia_rt.open(paths[1]) as other:
+        path = one.peer(other)
+        given = np.arange(1000)
+        with one.create_stream() as stream, other.upload(given) as far, one.allocate(1000, np.int64) as near:
+            stream.copy(near, far)
+            stream.copy(near, far)
+            one.inject("corrupt:opcodes=COPY,times=1")
+            with pytest.warns(RuntimeWarning, match="given up"):
+                assert stream.copy(near, far) is maia_rt.CopyPath.STAGED
+            assert np.array_equal(near.copy_to_host(stream), given)
+            assert (path.kind, path.checks, path.mismatches) == ("staged", 1, 1)
+            assert "another checksum" in path.why
+            assert stream.copy(near, far) is maia_rt.CopyPath.STAGED

@@ -86,8 +86,8 @@ KINDS = {
                    array=lambda w: w.array, **OBJECTS),
     "target": kind(lambda w: w.buffer, none=None, closed=lambda w: w.closed_buffer, foreign=lambda w: w.others_buffer,
                    short=lambda w: w.buffer[:3], objects=lambda _: np.array([object()]), **OBJECTS),
-    "source": kind(lambda w: w.array, none=None, closed=lambda w: w.closed_buffer, foreign=lambda w: w.others_buffer,
-                   short=lambda w: w.array[:3], objects=lambda _: np.array([object()]), **OBJECTS),
+    "source": kind(lambda w: w.array, none=None, closed=lambda w: w.closed_buffer, short=lambda w: w.array[:3],
+                   objects=lambda _: np.array([object()]), **OBJECTS),
     "stream": kind(lambda w: w.stream, closed=lambda w: w.closed_stream, foreign=lambda w: w.others_stream, **OBJECTS),
     "awaited": kind(lambda w: w.event, none=None, closed_stream=lambda w: w.closed_stream,
                     foreign_semaphore=lambda w: w.others_semaphore,
@@ -195,7 +195,7 @@ def launch(world):
 
 CALLS: dict[str, Call] = {
     "open": made(lasting(Call(lambda _: maia_rt.open, {"selector": "selector", "timeout": "seconds",
-                                                       "max_queues": "queues"}))),
+                                                       "max_queues": "queues", "peer_checks": "limit"}))),
     "devices": lasting(Call(lambda _: maia_rt.devices)),
     "from_dlpack": made(Call(lambda _: maia_rt.from_dlpack, {"obj": "dlpack", "device": "device"})),
     "Device.allocate": made(of("device", "allocate", shape="shape", dtype="dtype", alignment="alignment",
