@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.program import Kernel, Program
     from maia_rt.runtime.semaphore import Semaphore
     from maia_rt.runtime.stream import Stream, StreamStatistics
+    from maia_rt.runtime.topology import Link, Place, Topology, topology
 
 __version__ = "0.1.0"
 
@@ -52,10 +53,12 @@ __all__ = [
     "HostBuffer",
     "Injection",
     "Kernel",
+    "Link",
     "LostCommand",
     "MemoryPool",
     "NodeTime",
     "PeerPath",
+    "Place",
     "PoolStatistics",
     "Program",
     "Rank",
@@ -63,12 +66,14 @@ __all__ = [
     "Space",
     "Stream",
     "StreamStatistics",
+    "Topology",
     "__version__",
     "devices",
     "from_dlpack",
     "from_mx",
     "open",
     "to_mx",
+    "topology",
 ]
 
 # Imported at first use: the emulator and the kernel builder import this package for its contract alone.
@@ -81,6 +86,7 @@ _HOMES = {
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PeerPath": "peer",
     "PoolStatistics": "pool", "Program": "program",
     "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
+    "Link": "topology", "Place": "topology", "Topology": "topology", "topology": "topology",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
     "Collective": "collectives.collective", "Communicator": "collectives.communicator", "Rank": "collectives.rank",
     "Dtype": "contract.dtype", "from_mx": "contract.microscaling", "to_mx": "contract.microscaling",

@@ -1,8 +1,12 @@
 """Devices that reach each other's memory and semaphores; what is wrong with a path is found before it is used."""
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers.emulator import running
+from maia_tools.topo import topo
 
 import maia_rt
 from maia_rt.contract.commands import Opcode, PostOp
@@ -222,3 +226,21 @@ def test_a_copy_that_arrives_wrong_is_found_mended_and_the_path_given_up(monkeyp
             assert (path.kind, path.checks, path.mismatches) == ("staged", 1, 1)
             assert "another checksum" in path.why
             assert stream.copy(near, far) is maia_rt.CopyPath.STAGED
+
+
+def test_a_topology_says_who_reaches_whom_and_maia_topo_draws_it():
+    with running(devices=2) as (_, paths):
+        with maia_rt.open(paths[0]) as one, maia_rt.open(paths[1]) as other:
+            one.inject("fault:code=ADDRESS,opcodes=SIGNAL_REMOTE")
+            found = maia_rt.topology([one, other])
+            assert [place.name for place in found.devices] == paths
+            assert [(link.source, link.target, link.kind) for link in found.links] == [
+                (0, 1, "staged"), (1, 0, "direct")]
+            assert "ADDRESS" in found.links[0].why
+            assert found.links[1].bandwidth > 0
+        drawn = CliRunner().invoke(topo, paths)
+        assert drawn.exit_code == 0, drawn.output
+        assert "GB/s" in drawn.output
+        assert paths[1] in drawn.output
+        found = json.loads(CliRunner().invoke(topo, [*paths, "--json"]).output)
+        assert (found["kind"], len(found["devices"]), len(found["links"])) == ("topology", 2, 2)

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reg": ("maia_tools.reg.command:reg", "List, read, watch, compare and write registers by name."),
     "emulate": ("maia_tools.emulate:emulate", "Serve an emulated device on a vfio-user socket."),
     "share": ("maia_tools.share:share", "Hold a device and give several programs a part of it each."),
+    "topo": ("maia_tools.topo:topo", "Show who reaches whom among devices, how, and how fast."),
     "hang": ("maia_tools.hang:hang", "Show what running programs wait for on their devices."),
     "demo": ("maia_tools.demo:demo", "Run a sentence encoder on the device."),
     "bench": ("maia_tools.bench:bench", "Time submissions, waits, copies and register reads."),
