@@ -94,8 +94,12 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _signals_wake(eventfd: int) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a count on an eventfd; further ones change nothing."""
+    """Turn SIGTERM and SIGINT into a count on an eventfd; further ones change nothing, until the process is gone."""
+    came = False
+
     def count(_number: int, _frame: object) -> None:
+        nonlocal came
+        came = True
         os.eventfd_write(eventfd, 1)
 
     before = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -103,7 +107,7 @@ def _signals_wake(eventfd: int) -> Iterator[None]:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, signal.SIG_IGN if came else old)
 
 
 def _paths(options: argparse.Namespace) -> list[str]:

@@ -30,10 +30,11 @@ def bare():
 
 @pytest.fixture
 def busy(bare):
-    """LAUNCH fields of kernels that keep one tile for about 2 and 30 ms."""
-    image = program.write([tiny_program.busy(200, "short"), tiny_program.busy(3000, "long")])
+    """LAUNCH fields of kernels that keep one tile for about 2, 30 and 300 ms."""
+    image = program.write([tiny_program.busy(200, "short"), tiny_program.busy(3000, "long"),
+                           tiny_program.busy(30_000, "longest")])
     first = bare.engine.load_program(program.read(image))
-    return {"kernel": first}, {"kernel": first + 1}
+    return {"kernel": first}, {"kernel": first + 1}, {"kernel": first + 2}
 
 
 def nop(**fields):
@@ -348,13 +349,13 @@ def test_a_launch_that_fails_ahead_of_a_wait_ends_the_list_and_the_wait(bare, bu
 
 @pytest.mark.parametrize("options", [0, CONCURRENT])
 def test_the_watchdog_looks_at_launches_inside_lists(bare, busy, options):
-    bare.engine.set_feature(Feature.WATCHDOG_MS, 4)
+    bare.engine.set_feature(Feature.WATCHDOG_MS, 100)
     queue = bare.queue()
-    put(bare, queue, launch(busy[0]), launch(busy[1]), count(), options=options)
+    put(bare, queue, launch(busy[0]), launch(busy[2]), count(), options=options)
     assert queue.wait() == FaultCode.ENGINE_HANG
     fault = last_fault(bare)
     assert (int(fault["code"]), int(fault["detail"]), int(fault["kernel"])) == (FaultCode.ENGINE_HANG, 1,
-                                                                               busy[1]["kernel"])
+                                                                               busy[2]["kernel"])
     assert bare.engine.errors() & 8
     queue.reset()
     bare.engine.set_feature(Feature.WATCHDOG_MS, 10_000)
