@@ -36,7 +36,7 @@ def recovered(driver):
 def test_identify_is_written_to_guest_memory(driver):
     assert driver.command(IDENTIFY, BUFFER) == (0, 0, 0)
     page = driver.get(BUFFER, 512)
-    assert struct.unpack_from("<HHI", page) == (1, 1, 0)
+    assert struct.unpack_from("<HHI", page) == (1, 2, 0)
     assert page[104:136].rstrip(b"\0")
     assert page[136:] == bytes(376)
 
