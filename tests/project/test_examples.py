@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ON_A_DEVICE = ["collectives.md", "cuda.md", "emulator.md", "graphs.md", "hangs.md", "injection.md", "memory.md", "peers.md",
-               "sharing.md", "streams.md", "streams-and-failures.md", "training.md", "types.md"]
+ON_A_DEVICE = ["collectives.md", "cuda.md", "emulator.md", "graphs.md", "hangs.md", "injection.md", "memory.md",
+               "peers.md", "sharing.md", "streams.md", "streams-and-failures.md", "training.md", "types.md"]
 """Pages whose pieces of code are one program that is given an open `device`, `maia_rt` and numpy as `np`."""
 STORIES = {"any-pci-device.md", *ON_A_DEVICE}
 """Pages whose pieces of code are one program."""
