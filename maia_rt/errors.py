@@ -158,16 +158,21 @@ class MismatchedRanks(MaiaError, ValueError):
         What each rank asked for.
     """
 
-    def __init__(self, said: dict[int, str]) -> None:
-        self.said = dict(said)
+    said: dict[int, str]
+
+    @classmethod
+    def between(cls, said: dict[int, str]) -> MismatchedRanks:
+        """Make one of what each rank asked for."""
         by_text: dict[str, list[int]] = {}
         for rank, text in sorted(said.items()):
             by_text.setdefault(text, []).append(rank)
         parts = [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}"
                  for text, ranks in by_text.items()]
-        super().__init__("the ranks do not agree: " + "; ".join(parts),
-                         cause="they called with other sizes, dtypes or operations, or in another order",
-                         hint="every rank calls the same collectives in the same order")
+        error = cls("the ranks do not agree: " + "; ".join(parts),
+                    cause="they called with other sizes, dtypes or operations, or in another order",
+                    hint="every rank calls the same collectives in the same order")
+        error.said = dict(said)
+        return error
 
 
 class ResourceExhausted(MaiaError):

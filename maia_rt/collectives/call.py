@@ -113,4 +113,4 @@ def require_agreement(calls: Sequence[Call]) -> None:
     """Raise MismatchedRanks unless all ranks said the same."""
     said = {call.rank: call.said for call in calls}
     if len(set(said.values())) > 1:
-        raise MismatchedRanks(said)
+        raise MismatchedRanks.between(said)

@@ -189,7 +189,7 @@ class Rendezvous:
                     rank in other.ranks and rank not in other.calls for rank in meeting.calls) and any(
                     rank in meeting.ranks and rank not in meeting.calls for rank in other.calls):
                 calls = {**other.calls, **meeting.calls}
-                error = MismatchedRanks({rank: one.said for rank, one in calls.items()})
+                error = MismatchedRanks.between({rank: one.said for rank, one in calls.items()})
                 self._end(other, error)
                 self._end(meeting, error)
                 return
@@ -203,7 +203,7 @@ class Rendezvous:
         try:
             require_agreement(calls)
             if len(set(chosen.values())) > 1:
-                raise MismatchedRanks({call.rank: call.said + chosen[call.rank] for call in calls})
+                raise MismatchedRanks.between({call.rank: call.said + chosen[call.rank] for call in calls})
             meeting.result = submit(calls, meeting.algorithms[meeting.ranks[0]])
         except BaseException as error:
             meeting.error = error
