@@ -224,9 +224,9 @@ class Device:
         Examples
         --------
         >>> import maia_rt
-        >>> with maia_rt.open("emulated") as device, device.create_stream() as stream:
+        >>> with maia_rt.open("emulated") as device, device.create_stream() as stream, device.allocate(64) as memory:
         ...     _ = device.inject("fault:code=ECC,opcodes=FILL")
-        ...     stream.fill(device.allocate(64), 0)
+        ...     stream.fill(memory, 0)
         ...     try:
         ...         stream.synchronize()
         ...     except maia_rt.errors.DeviceFault as fault:

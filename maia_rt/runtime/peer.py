@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import re
 import select
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from maia_rt.errors import (
@@ -191,6 +194,9 @@ class PeerPath:
         pinned, fd = self.device.transport.needs_pinning, transport.region_file(PciRegion.BAR4)[0]
         if pinned and fd >= 0:
             raise Unsupported(f"the memory of {self.other.name} is ordinary memory, which would all have to be pinned")
+        if pinned and _in_a_guest():
+            # A virtual IOMMU maps such a BAR page by page, and may run out of room for whatever is mapped after it.
+            raise Unsupported("this machine is virtual: its IOMMU may map a BAR in many small pieces")
         if not pinned and fd < 0:
             raise Unsupported(f"the memory of {self.other.name} has no file that a server could map")
         hbm = self._map_part(PciRegion.BAR4, 0, None)
@@ -361,3 +367,12 @@ def _is_gone(device: Device) -> bool:
     poll.register(fd, select.POLLRDHUP)
     return any(events & (select.POLLHUP | select.POLLRDHUP | select.POLLNVAL | select.POLLERR)
                for _, events in poll.poll(0))
+
+
+@functools.cache
+def _in_a_guest() -> bool:
+    """Whether the processor says that there is a hypervisor."""
+    try:
+        return re.search(r"^flags\s*:.*\bhypervisor\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False

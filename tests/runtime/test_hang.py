@@ -381,11 +381,15 @@ def test_a_list_that_goes_round_for_ever_says_where(device, streams):
         pinned.array[:128] = np.frombuffer(commands[:1].tobytes() + branch.tobytes(), np.uint8)
         streams[0]._submit(Opcode.INDIRECT, payload=(pinned.address, 2, 0), unbounded=True)
         streams[1].wait(streams[0])
-        report = device.hang_report()
-        assert report.verdict is HangVerdict.WAITING
-        assert report.links[-1].state == "runs"
-        assert re.match(r"at [01] of its list of 2: (NOP|BRANCH)", report.links[-1].detail)
-        word.array[:] = 1
+        try:
+            report = device.hang_report()
+            while not report.links[-1].detail:  # the device has not begun
+                report = device.hang_report()
+            assert report.verdict is HangVerdict.WAITING
+            assert report.links[-1].state == "runs"
+            assert re.match(r"at [01] of its list of 2: (NOP|BRANCH)", report.links[-1].detail)
+        finally:
+            word.array[:] = 1
         device.synchronize()
 
 

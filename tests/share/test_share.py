@@ -201,12 +201,14 @@ def test_a_reset_of_one_is_nothing_to_the_other(pair):
         kept = other.upload(np.arange(1000))
         one.upload(np.arange(1000))
         one.reset()
-        assert not one.allocate(1 * MIB).copy_to_host().any()
+        with one.allocate(1 * MIB) as fresh:
+            assert not fresh.copy_to_host().any()
         back = np.zeros(1000, np.int64)
         stream.copy(back, kept)
         stream.synchronize()
         assert (back == np.arange(1000)).all()
-        assert (one.upload([4]).copy_to_host() == [4]).all()
+        with one.upload([4]) as again:
+            assert (again.copy_to_host() == [4]).all()
 
 
 # --- hostile clients --------------------------------------------------------------------------------------------------
