@@ -12,7 +12,9 @@ import pytest
 import maia_rt
 from maia_rt.errors import CaptureError, ClosedError, DeviceFault, DeviceLost, InvalidArgument, MaiaError, PeerFault
 
-pytestmark = pytest.mark.emulator_process
+# What a test does not close is closed with its device; the collector may come by before.
+pytestmark = [pytest.mark.emulator_process,
+              pytest.mark.filterwarnings("ignore:a buffer of .* was not closed:ResourceWarning")]
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def test_a_device_whose_holder_was_killed_is_reset_and_that_is_said_once(selecto
         assert [record.getMessage() for record in caplog.records] == [
             f"{device.name}: {device.found}; it is reset before use"]
         # Nothing of it is left.
-        assert not device.allocate(1 << 20).copy_to_host().any()
+        with device.allocate(1 << 20) as fresh:
+            assert not fresh.copy_to_host().any()
     caplog.clear()
     with maia_rt.open(selector) as device:
         assert device.found == "" and not caplog.records

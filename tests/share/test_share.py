@@ -26,6 +26,9 @@ from maia_rt.transport.uapi import PciRegion
 from maia_rt.transport.vfio_user import VfioUserClient
 from tests.helpers import tiny_program
 
+# What a test does not close is closed with its device; the collector may come by before.
+pytestmark = pytest.mark.filterwarnings("ignore:a buffer of .* was not closed:ResourceWarning")
+
 ROUNDS = int(os.environ.get("MAIA_KILL_ROUNDS", "20"))
 MIB = 1 << 20
 
