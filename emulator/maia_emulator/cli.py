@@ -67,9 +67,10 @@ def _run(options: argparse.Namespace) -> int:
         if options.fd is not None:
             ends.append(_inherited(options.fd))
             cleanup.callback(ends[-1].close)
-        done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        done, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         cleanup.callback(os.close, done)
-        cleanup.enter_context(_signals_wake(done))
+        cleanup.callback(os.close, wake)
+        cleanup.enter_context(_signals_wake(wake))
         servers = []
         processor = Processor()
         for number, end in enumerate(ends):
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
                 processor=processor,
             )
             function.engine.set_link(*link(options))
-            server = Server(function, end, ended=lambda: os.eventfd_write(done, 1))
+            server = Server(function, end, ended=lambda: os.write(wake, b"\0"))
             cleanup.callback(server.stop)
             server.start()
             servers.append(server)
@@ -93,19 +94,23 @@ def _run(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _signals_wake(eventfd: int) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a count on an eventfd; further ones change nothing, until the process is gone."""
+def _signals_wake(fd: int) -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into a byte on a pipe; further ones change nothing, until the process is gone.
+
+    The interpreter's C handler writes it: a handler in Python would not run while the main thread is about to poll.
+    """
     came = False
 
-    def count(_number: int, _frame: object) -> None:
+    def note(_number: int, _frame: object) -> None:
         nonlocal came
         came = True
-        os.eventfd_write(eventfd, 1)
 
-    before = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    fd_before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(fd_before)
         for number, old in before.items():
             signal.signal(number, signal.SIG_IGN if came else old)
 

@@ -108,7 +108,7 @@ class Broker:
         self._failure: MaiaError | None = None
         self._pool: PinnedPool | None = None
         self._listening: socket.socket | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._firmware = Firmware(transport)
         try:
             offered = self._firmware.capabilities
@@ -149,16 +149,15 @@ class Broker:
         poll = select.poll()
         liveness = self._transport.liveness_fd
         event = self._firmware.vectors[0]
-        poll.register(self._wake, select.POLLIN)
+        poll.register(self._woken, select.POLLIN)
         poll.register(event, select.POLLIN)
         if liveness is not None:
             poll.register(liveness, select.POLLIN | select.POLLRDHUP)
         while not self._stopping and self._failure is None:
             poll.register(listening, select.POLLIN if len(self._waiting) < _WAITING else 0)
             ready = {fd for fd, _ in poll.poll(self._milliseconds())}
-            if self._wake in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
+            if self._woken in ready:
+                os.read(self._woken, select.PIPE_BUF)
             try:
                 if event in ready:
                     self._firmware.on_event()
@@ -176,8 +175,15 @@ class Broker:
     def stop(self) -> None:
         """Make :meth:`run` return; any thread, or a signal handler, may call."""
         self._stopping = True
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        self._notify()
+
+    @property
+    def wake_fd(self) -> int:
+        """A byte written here makes :meth:`run` look up: for `signal.set_wakeup_fd`.
+
+        A handler in Python alone does not run while the main thread is about to poll.
+        """
+        return self._wake
 
     def close(self) -> None:
         """End all clients, and close the device; idempotent."""
@@ -204,6 +210,7 @@ class Broker:
         self._transport.close()
         if self._wake >= 0:
             os.close(self._wake)
+            os.close(self._woken)
             self._wake = -1
 
     def __enter__(self) -> Broker:
@@ -296,8 +303,12 @@ class Broker:
             self._threads.discard(threading.current_thread())
             if clean:
                 self._free.append(slot)
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._wake >= 0:
+            with contextlib.suppress(BlockingIOError):  # it is full of what says the same
+                os.write(self._wake, b"\0")
 
     def _tell_who_stopped(self) -> None:
         with self._lock:

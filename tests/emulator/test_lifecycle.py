@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.admin_queue import Driver
 from helpers.emulator import (
+    END_SECONDS,
     READY_SECONDS,
     command,
     connect,
@@ -204,6 +206,15 @@ def test_file_that_somebody_else_put_there_is_not_removed(tmp_path):
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def slow_poll(tmp_path_factory):
+    """A library to preload (helpers/slow_poll.c)."""
+    library = tmp_path_factory.mktemp("preload") / "slow_poll.so"
+    source = Path(__file__).parents[1] / "helpers/slow_poll.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True, timeout=60)
+    return str(library)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("client", ["none", "silent", "idle", "booted", "half a message"])
 def test_signal_ends_it_soon_and_cleanly(tmp_path, number, client):
@@ -229,6 +240,27 @@ def test_signal_ends_it_soon_and_cleanly(tmp_path, number, client):
     assert os.listdir(tmp_path) == []
     if attached is not None:
         attached.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("program", ["emulator", "share"])
+def test_signal_just_before_the_wait_is_not_lost(tmp_path, slow_poll, program, number):
+    path = f"{tmp_path}/s"
+    arguments = command("--socket", path) if program == "emulator" else [
+        sys.executable, "-m", "maia_tools.cli", "share", "emulated", "--socket", path]
+    preload = f"{os.environ.get('LD_PRELOAD', '')} {slow_poll}"  # a sanitizer's library comes first
+    process = subprocess.Popen(arguments, env={**environment(), "LD_PRELOAD": preload}, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert path in process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(number)
+    try:
+        assert process.communicate(timeout=END_SECONDS)[1] == ""
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0
+    assert not os.path.lexists(path)
 
 
 def test_signal_while_a_queue_waits_for_ever(tmp_path):

@@ -31,6 +31,7 @@ def share(device: str | None, path: str, max_clients: int | None, lease: float |
     try:
         try:
             with Broker(transport, path, clients=max_clients, lease=lease) as broker:
+                signal.set_wakeup_fd(broker.wake_fd, warn_on_full_buffer=False)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, lambda *_: broker.stop())
                 part = broker.shares[0]
@@ -39,6 +40,7 @@ def share(device: str | None, path: str, max_clients: int | None, lease: float |
                 click.get_text_stream("stdout").flush()
                 broker.run()
         finally:
+            signal.set_wakeup_fd(-1)
             transport.close()
             if emulator is not None:
                 emulator.close()
