@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.graph import Graph, NodeTime
     from maia_rt.runtime.graph_builder import GraphBuilder
     from maia_rt.runtime.graph_node import GraphNode
-    from maia_rt.runtime.hang import HangLink, HangReport, HangVerdict, HangWait
+    from maia_rt.runtime.hang import HangLink, HangPlace, HangReport, HangVerdict, HangWait
     from maia_rt.runtime.host_buffer import HostBuffer
     from maia_rt.runtime.peer import PeerPath
     from maia_rt.runtime.pool import MemoryPool, PoolStatistics
@@ -47,6 +47,7 @@ __all__ = [
     "GraphBuilder",
     "GraphNode",
     "HangLink",
+    "HangPlace",
     "HangReport",
     "HangVerdict",
     "HangWait",
@@ -81,7 +82,8 @@ _HOMES = {
     "Buffer": "buffer", "Capture": "capture", "CopyPath": "copy", "Device": "device",
     "DeviceInfo": "discovery", "Event": "event",
     "Graph": "graph", "GraphBuilder": "graph_builder", "GraphNode": "graph_node", "NodeTime": "graph",
-    "HangLink": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang", "HostBuffer": "host_buffer",
+    "HangLink": "hang", "HangPlace": "hang", "HangReport": "hang", "HangVerdict": "hang", "HangWait": "hang",
+    "HostBuffer": "host_buffer",
     "Injection": "contract.injection",
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PeerPath": "peer",
     "PoolStatistics": "pool", "Program": "program",

@@ -5,7 +5,8 @@ answers, so it does while the program waits for a device; it takes requests from
 Requests and replies are JSON objects, one a line:
 
     {"call": "devices"}                      -> {"ok": [{"name": "emulated", "kind": "embedded"}, ...]}
-    {"call": "hang", "device": "emulated"}   -> {"ok": [{...}]}     without "device": of every device
+    {"call": "hang", "device": "emulated"}   -> {"ok": [{...}]}     without "device": of all, those that have to do with
+                                                each other in one
                                              -> {"error": "what is wrong"}
 
 ``MAIA_LIVE=0`` switches it off.
@@ -41,17 +42,19 @@ _REFUSAL: Final = b'{"error": "only the user of the process and root may ask", "
 class Attachment:
     """One device's place at the process's socket; see :func:`attach`."""
 
-    def __init__(self, name: str, kind: str, calls: Mapping[str, Call]) -> None:
+    def __init__(self, name: str, kind: str, calls: Mapping[str, Call], together: Mapping[str, Call]) -> None:
         self.name = name
         self.kind = kind
         self.calls = dict(calls)
+        self.together = dict(together)
 
     def close(self) -> None:
         """Leave. The last one to leave closes the socket and ends its thread. Idempotent, and for finalizers too."""
         _leave(self)
 
 
-def attach(name: str, kind: str, calls: Mapping[str, Call]) -> Attachment | None:
+def attach(name: str, kind: str, calls: Mapping[str, Call], together: Mapping[str, Call] | None = None
+           ) -> Attachment | None:
     """Let tools ask about a device.
 
     Parameters
@@ -61,6 +64,8 @@ def attach(name: str, kind: str, calls: Mapping[str, Call]) -> Attachment | None
     calls : mapping
         What may be asked: name -> callable that returns something for JSON. They run on the socket's thread, and must
         not keep the device alive.
+    together : mapping, optional
+        The same about all devices of the process, each returning a list: for requests that name no device.
 
     Returns
     -------
@@ -69,7 +74,7 @@ def attach(name: str, kind: str, calls: Mapping[str, Call]) -> Attachment | None
     """
     if os.environ.get("MAIA_LIVE", "1") == "0":
         return None
-    attachment = Attachment(name, kind, calls)
+    attachment = Attachment(name, kind, calls, together or {})
     with _state.lock:
         if _state.server is None:
             try:
@@ -247,6 +252,10 @@ def _result(request: Any) -> dict[str, Any]:
         return {"ok": [{"name": a.name, "kind": a.kind} for a in chosen]}
     if not chosen:
         return {"error": f"the process has no device {request.get('device')!r}"}
+    if "device" not in request:
+        together = next((a.together[request["call"]] for a in chosen if request["call"] in a.together), None)
+        if together is not None:
+            return {"ok": together()}
     found = [a.calls.get(request["call"]) for a in chosen]
     if None in found:
         return {"error": f"unknown call {request['call']!r}"}

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from maia_rt.contract.commands import COMMAND, Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, FaultCode, MaiaError, OutOfSemaphores, PeerFault
 from maia_rt.queue import FAILED, QueuePair
+from maia_rt.runtime.outstanding import label
 from maia_rt.runtime.queue_watch import QueueWatch, is_done
 from maia_rt.runtime.semaphore import WORD
 from maia_rt.runtime.timeline import Timeline
@@ -126,6 +128,24 @@ class Crossing:
         return bool(pre["op"] == WaitOp.GE and pre["index"] == self.index and pre["value"] == self.value)
 
 
+@dataclass(frozen=True, eq=False)
+class Relay:
+    """A post of a stream to a semaphore of another device, made by a thread.
+
+    Attributes
+    ----------
+    device : Device
+        Whose semaphore it is.
+    index : int
+    mark : (QueuePair, int)
+        The command behind which it is made.
+    """
+
+    device: Device
+    index: int
+    mark: Mark
+
+
 class Crossings:
     """What the streams of a device wait for on other devices; and what they signal there through the host.
 
@@ -140,6 +160,7 @@ class Crossings:
         self._timelines: weakref.WeakKeyDictionary[Stream, Timeline] = weakref.WeakKeyDictionary()
         self._all: list[Timeline] = []
         self._open: list[Crossing] = []
+        self._relays: list[Relay] = []
         self._incoming: deque[tuple[Mark, Callable[[MaiaError | None], None]]] = deque()
         self._thread: threading.Thread | None = None
         self._rope = -1
@@ -148,6 +169,11 @@ class Crossings:
     def __iter__(self) -> Iterator[Crossing]:
         """Those that are not over, as far as anybody has looked."""
         return iter(list(self._open))
+
+    @property
+    def relays(self) -> list[Relay]:
+        """What is still to be signalled through the host."""
+        return list(self._relays)
 
     def wait(self, waiter: Stream, event: Event) -> None:
         """Let a stream of the device wait for an event of another one.
@@ -183,14 +209,18 @@ class Crossings:
                                    crossing.fail(error)))
         self._start()
 
-    def relay(self, stream: Stream, post: Callable[[], None]) -> None:
-        """Call `post`, which signals a semaphore of another device, when all that a stream has submitted is done."""
+    def relay(self, stream: Stream, device: Device, index: int, op: PostOp, value: int) -> None:
+        """Signal a semaphore of another device when all that a stream has submitted is done."""
+        relay = Relay(device, index, stream._mark())
+
         def heard(error: MaiaError | None) -> None:
             if error is None:
                 with contextlib.suppress(MaiaError):
-                    post()
+                    device._firmware.post_semaphore(index, op, value)
+            self._relays.remove(relay)
 
-        self._incoming.append((stream._mark(), heard))
+        self._relays.append(relay)
+        self._incoming.append((relay.mark, heard))
         self._start()
 
     def forsake(self, source: Stream) -> None:
@@ -365,6 +395,7 @@ class Crossings:
             for watch in watches.values():
                 watch.close()
             self._incoming.clear()
+            self._relays.clear()
 
     def _look(self) -> None:
         gone: dict[Device, MaiaError | None] = {}
@@ -378,11 +409,6 @@ class Crossings:
                     gone[other] = error
             crossing.look(gone[other])
         self._collect()
-
-
-def label(device: Device) -> str:
-    """A device's name, which several embedded ones share."""
-    return device.name + (f" (process {device.emulator_pid})" if device.emulator_pid else "")
 
 
 def _stands_free(source: Stream, event: Mark, until: int | None = None) -> bool:

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from maia_rt.contract.commands import QueueStage, decode
+from maia_rt.errors import MaiaError
 from maia_rt.observe import live
-from maia_rt.runtime.outstanding import Outstanding, Scene
+from maia_rt.runtime.outstanding import HangPlace, Outstanding, Scene
+from maia_rt.runtime.scenes import Scenes, groups, know, linked
 from maia_rt.runtime.waits import HangWait, describe, pre_waits, semaphore_wait, stage_waits
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
 
-__all__ = ["HangLink", "HangReport", "HangVerdict", "HangWait", "examine", "go_live", "on_timeout"]
+__all__ = ["HangLink", "HangPlace", "HangReport", "HangVerdict", "HangWait", "examine", "go_live", "on_timeout"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Version of :meth:`HangReport.to_json`; grows when a key changes its meaning or goes."""
 
 
@@ -37,9 +39,9 @@ class HangVerdict(enum.Enum):
     UNSIGNALLED = "unsignalled"
     """Somebody waits for what nothing that is submitted will ever signal."""
     DEADLOCK = "deadlock"
-    """Queues wait for each other in a circle."""
+    """Queues wait for each other in a circle, of one device or of several."""
     FIRMWARE = "firmware"
-    """The device's firmware does not answer."""
+    """The device's firmware does not answer, or that of a device which it waits for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class HangLink:
 
     Attributes
     ----------
-    queue, stream : int, str
+    device, queue, stream : str, int, str
         Where the command is, and whose it is.
     state : str
         ``runs`` or ``waits``.
@@ -68,6 +70,7 @@ class HangLink:
         What else is known: the kernel's name, the place in a list.
     """
 
+    device: str
     queue: int
     stream: str
     state: str
@@ -79,18 +82,29 @@ class HangLink:
     seconds: float | None = None
     detail: str = ""
 
+    @property
+    def place(self) -> HangPlace:
+        """Where the command is."""
+        return HangPlace(self.device, self.queue)
+
     def __str__(self) -> str:
+        return self._text(self.device)
+
+    def _text(self, home: str) -> str:
+        """Tell it, as seen from a device; from another one than its own, that is named."""
         at = f", submitted at {self.where}" if self.where else ""
         time = "" if self.seconds is None else f" for {self.seconds:.3g} s"
         behind = f"; {self.outstanding - 1} more behind it" if self.outstanding > 1 else ""
         parts = [self.detail, *(wait.text for wait in self.waits)]
-        return (f"queue {self.queue} ({self.stream}): command {self.sequence} {self.state}{time}: {self.command}{at}"
-                + "".join(f"; {part}" for part in parts if part) + behind)
+        return (f"{self.place._text(home)} ({self.stream}): command {self.sequence} {self.state}{time}: "
+                f"{self.command}{at}" + "".join(f"; {part}" for part in parts if part) + behind)
 
 
 @dataclass(frozen=True)
 class HangReport:
-    """Who waits for whom on a device; see :meth:`maia_rt.Device.hang_report`. ``str`` of it is for people.
+    """Who waits for whom on a device, and on those it has to do with; see :meth:`maia_rt.Device.hang_report`.
+
+    ``str`` of it is for people.
 
     Attributes
     ----------
@@ -99,8 +113,9 @@ class HangReport:
     sentence : str
         The verdict with its reason.
     links : tuple of HangLink
-        The queues with outstanding commands: first who waits, then whom it waits for, down to the root.
-    cycle : tuple of int
+        The queues with outstanding commands: first who waits, then whom it waits for, down to the root. Other devices'
+        queues are among them where one of this device waits for them, over any number of links, or they for it.
+    cycle : tuple of HangPlace
         The queues of a deadlock, in the order in which they wait for each other.
     firmware : str
         Why the device itself could not be asked; empty where it could.
@@ -110,7 +125,7 @@ class HangReport:
     verdict: HangVerdict
     sentence: str
     links: tuple[HangLink, ...] = ()
-    cycle: tuple[int, ...] = ()
+    cycle: tuple[HangPlace, ...] = ()
     firmware: str = ""
 
     @property
@@ -126,7 +141,14 @@ class HangReport:
         lines = [f"{self.device}: {self.verdict.value}: {self.sentence}"]
         if self.firmware:
             lines.append(f"  the device could not be asked, this is what the driver knows: {self.firmware}")
-        return "\n".join([*lines, *(f"  {link}" for link in self.links)])
+        home = "" if any(link.device != self.device for link in self.links) else self.device
+        return "\n".join([*lines, *(f"  {link._text(home)}" for link in self.links)])
+
+
+Links = dict[HangPlace, HangLink]
+_FINAL: Final = frozenset({HangVerdict.UNSIGNALLED, HangVerdict.FAULT, HangVerdict.DEADLOCK})
+_TURNS: Final = 3
+"""So often at most is it looked, where queues move under the eyes."""
 
 
 def examine(device: Device, focus: int | None = None) -> HangReport:
@@ -138,38 +160,87 @@ def examine(device: Device, focus: int | None = None) -> HangReport:
     focus : int, optional
         A queue: the report is about it and those it waits for. None: about all.
     """
-    scene = Scene(device)
-    links = _links(scene)
-    return _report(scene, links, [focus] if focus is not None else _starts(links))
+    return _settled(linked(device), lambda scenes, links: _picture(scenes, links, focus))
+
+
+def examine_process() -> list[HangReport]:
+    """Look at all devices of the process: a report for each set of devices that have to do with each other."""
+    return [_settled(devices, lambda scenes, links: _report(scenes, scenes.all, links, _starts(links)))
+            for devices in groups()]
 
 
 def examine_semaphore(device: Device, index: int, kind: int, value: int, wanted: int) -> HangReport:
     """Look at who should signal a semaphore that the program waits for; `kind` is a WaitOp."""
-    scene = Scene(device)
-    wait = semaphore_wait(scene, index, kind, value, wanted)
-    report = _report(scene, _links(scene), wait.queues)
-    if wait.queues:
+    return _settled(linked(device), lambda scenes, links: _for_program(scenes, links, (index, kind, value, wanted)))
+
+
+def _settled(devices: Sequence[Device], judge: Callable[[Scenes, Links], HangReport]) -> HangReport:
+    """Judge devices at one moment; anew where what looked stuck has moved since, for one is asked after the other."""
+    for _ in range(_TURNS):
+        scenes = Scenes(devices)
+        links = {one.place: _link(scene, one) for scene in scenes.all for one in scene.queues.values()
+                 if len(one.commands)}
+        report = judge(scenes, links)
+        if report.verdict not in _FINAL or not _moved(scenes, report):
+            return report
+    return dataclasses.replace(report, verdict=HangVerdict.WAITING, cycle=())
+
+
+def _moved(scenes: Scenes, report: HangReport) -> bool:
+    """Whether a queue of a report has done something since it was looked at."""
+    places = {link.place for link in report.links}
+    for scene in scenes.all:
+        for one in scene.queues.values():
+            try:
+                if one.place in places and one.queue.ring.poll() != one.progress:
+                    return True
+            except MaiaError:
+                continue  # it has been closed
+    return False
+
+
+def _picture(scenes: Scenes, links: Links, focus: int | None) -> HangReport:
+    """The first device's report: its queues, whom they wait for, and who waits for them."""
+    scene = scenes.all[0]
+    if focus is not None:
+        starts = [HangPlace(scene.label, focus)]
+    else:
+        starts = [one for one in _starts(links)
+                  if any(place.device == scene.label for place in _chain(links, [one]))]
+    return _report(scenes, [scene], links, starts)
+
+
+def _for_program(scenes: Scenes, links: Links, facts: tuple[int, int, int, int]) -> HangReport:
+    """The report for a wait of the program for the first device's semaphore: index, WaitOp, value, what it wants."""
+    scene = scenes.all[0]
+    wait = semaphore_wait(scene, *facts)
+    report = _report(scenes, [scene], links, wait.places)
+    if wait.places:
         verdict = report.verdict if report.hangs else HangVerdict.WAITING
         return dataclasses.replace(report, verdict=verdict, sentence=f"the program {wait.text}; {report.sentence}")
     verdict = report.verdict if report.firmware else HangVerdict.UNSIGNALLED
     return dataclasses.replace(report, verdict=verdict, sentence=f"the program {wait.text}")
 
 
-def _links(scene: Scene) -> dict[int, HangLink]:
-    return {number: _link(scene, one) for number, one in scene.queues.items() if len(one.commands)}
-
-
-def _report(scene: Scene, links: dict[int, HangLink], starts: Sequence[int]) -> HangReport:
-    device, order = scene.device, list(_chain(links, starts))
-    failed = "".join(f"; {stream.name} stands still after a fault" for stream in device._open_streams()
-                     if stream.failed)
-    verdict, sentence, cycle = _judge({number: links[number] for number in order}, len(scene.queues))
+def _report(scenes: Scenes, own: Sequence[Scene], links: Links, starts: Sequence[HangPlace]) -> HangReport:
+    """Judge what can be reached from `starts`; the report is of the devices `own`."""
+    order = list(_chain(links, starts))
+    names = {scene.label for scene in own}
+    home = own[0].label if len(names) == 1 and all(place.device in names for place in order) else ""
+    failed = "".join(f"; {stream.name} stands still after a fault" for scene in own
+                     for stream in scene.device._open_streams() if stream.failed)
+    verdict, sentence, cycle = _judge({place: links[place] for place in order},
+                                      sum(len(scene.queues) for scene in own), home)
     if verdict is HangVerdict.IDLE:
         sentence += failed
-    if scene.insight.ailment:
-        verdict, sentence = HangVerdict.FIRMWARE, f"the device does not answer; {sentence}"
-    return HangReport(device.name, verdict, sentence, tuple(links[number] for number in order), cycle,
-                      scene.insight.ailment)
+    involved = names | {place.device for place in order}
+    silent = [scene for scene in scenes.all if scene.label in involved and scene.insight.ailment]
+    if silent:
+        who = "the device" if len(own) == 1 and silent == list(own) else " and ".join(one.label for one in silent)
+        verdict, sentence = HangVerdict.FIRMWARE, f"{who} does not answer; {sentence}"
+    return HangReport(" and ".join(scene.label for scene in own), verdict, sentence,
+                      tuple(links[place] for place in order), cycle,
+                      "; ".join(dict.fromkeys(scene.insight.ailment for scene in silent)))
 
 
 # --- one queue -------------------------------------------------------------------------------------------------------
@@ -187,7 +258,7 @@ def _link(scene: Scene, one: Outstanding) -> HangLink:
     else:
         waits = tuple(stage_waits(scene, one, row))
     seconds = None if row is None or not row["since_ns"] else max(int(row["time_ns"]) - int(row["since_ns"]), 0) / 1e9
-    return HangLink(one.queue.id, one.stream(sequence), "waits" if waits else "runs", sequence,
+    return HangLink(one.device, one.queue.id, one.stream(sequence), "waits" if waits else "runs", sequence,
                     one.head - one.progress, decode(raw), one.where(sequence), waits, seconds,
                     describe(scene.device, raw, row))
 
@@ -195,72 +266,77 @@ def _link(scene: Scene, one: Outstanding) -> HangLink:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def _starts(links: dict[int, HangLink]) -> list[int]:
+def _starts(links: Links) -> list[HangPlace]:
     """Where chains start: with those that wait and nobody waits for; then the rest, waiting ones first."""
-    awaited = {queue for one in links.values() for wait in one.waits for queue in wait.queues}
-    return sorted(links, key=lambda number: (not links[number].waits, number in awaited, number))
+    awaited = {place for one in links.values() for wait in one.waits for place in wait.places}
+    return sorted(links, key=lambda place: (not links[place].waits, place in awaited, place))
 
 
-def _chain(links: dict[int, HangLink], starts: Sequence[int]) -> Iterator[int]:
+def _chain(links: Links, starts: Sequence[HangPlace]) -> Iterator[HangPlace]:
     """The queues from `starts` on, each before those it waits for, none twice."""
-    seen: set[int] = set()
-    left = [number for number in reversed(starts) if number in links]
+    seen: set[HangPlace] = set()
+    left = [place for place in reversed(starts) if place in links]
     while left:
-        number = left.pop()
-        if number not in seen:
-            seen.add(number)
-            yield number
-            left += [queue for wait in reversed(links[number].waits) for queue in reversed(wait.queues)
-                     if queue in links]
+        place = left.pop()
+        if place not in seen:
+            seen.add(place)
+            yield place
+            left += [other for wait in reversed(links[place].waits) for other in reversed(wait.places)
+                     if other in links]
 
 
-def _moving(links: dict[int, HangLink]) -> set[int]:
+def _moving(links: Links) -> set[HangPlace]:
     """The queues that go on by themselves: those that run, and those each of whose waits such a one can end."""
-    moving = {number for number, one in links.items() if one.state == "runs"}
+    moving = {place for place, one in links.items() if one.state == "runs"}
     found = True
     while found:
-        more = {number for number, one in links.items() if number not in moving and all(
-            wait.by_program or moving.intersection(wait.queues) for wait in one.waits)}
+        more = {place for place, one in links.items() if place not in moving and all(
+            wait.by_program or moving.intersection(wait.places) for wait in one.waits)}
         moving |= more
         found = bool(more)
     return moving
 
 
-def _judge(links: dict[int, HangLink], count: int) -> tuple[HangVerdict, str, tuple[int, ...]]:
+def _judge(links: Links, count: int, home: str) -> tuple[HangVerdict, str, tuple[HangPlace, ...]]:
     moving = _moving(links)
-    stuck = {number: one for number, one in links.items() if number not in moving}
+    stuck = {place: one for place, one in links.items() if place not in moving}
     for one in stuck.values():
         for wait in one.waits:
-            if not wait.queues and not wait.by_program:
+            if not wait.places and not wait.by_program:
                 lost = any(signaller.lost for signaller in wait.signallers)
                 return (HangVerdict.FAULT if lost else HangVerdict.UNSIGNALLED,
-                        f"queue {one.queue} ({one.stream}) {wait.text}", ())
+                        f"{_name(one, home)} {wait.text}", ())
     cycle = _cycle(stuck)
     if cycle:
-        names = [f"queue {number} ({links[number].stream})" for number in cycle]
+        names = [_name(links[place], home) for place in cycle]
         ring = ", which waits for ".join([*names[1:], names[0]])
         alone = "itself: what it waits for is behind it"
         return HangVerdict.DEADLOCK, f"{names[0]} waits for {alone if len(cycle) == 1 else ring}", cycle
     waiting = next((one for one in links.values() if one.state == "waits"), None)
     running = next((one for one in links.values() if one.state == "runs"), None)
     under_way = "" if running is None else (
-        f"queue {running.queue} ({running.stream}) is at command {running.sequence}: {running.command}")
+        f"{_name(running, home)} is at command {running.sequence}: {running.command}")
     if waiting is not None:
         end = f"; {under_way}" if running is not None else ""
-        return HangVerdict.WAITING, f"queue {waiting.queue} ({waiting.stream}) {waiting.waits[0].text}{end}", ()
+        return HangVerdict.WAITING, f"{_name(waiting, home)} {waiting.waits[0].text}{end}", ()
     if running is not None:
         return HangVerdict.RUNNING, under_way, ()
     return HangVerdict.IDLE, f"nothing is outstanding on {count} queues", ()
 
 
-def _cycle(stuck: dict[int, HangLink]) -> tuple[int, ...]:
+def _name(link: HangLink, home: str) -> str:
+    """A queue and its stream; with the device, unless it is `home`."""
+    return f"{link.place._text(home)} ({link.stream})"
+
+
+def _cycle(stuck: Links) -> tuple[HangPlace, ...]:
     """Follow, from any of those that are stuck, one that it waits for, until a queue comes again."""
     for first in stuck:
-        path: list[int] = []
-        at: int | None = first
+        path: list[HangPlace] = []
+        at: HangPlace | None = first
         while at is not None and at not in path:
             path.append(at)
-            at = next((queue for wait in stuck[at].waits for queue in wait.queues if queue in stuck), None)
+            at = next((place for wait in stuck[at].waits for place in wait.places if place in stuck), None)
         if at is not None:
             return tuple(path[path.index(at):])
     return ()
@@ -282,7 +358,9 @@ def on_timeout(device: Device) -> Callable[[int], HangReport | None]:
 
 
 def go_live(device: Device) -> live.Attachment | None:
-    """Let ``maia hang`` ask for the device's report from outside of the process."""
+    """Let ``maia hang`` ask for the device's report from outside of the process, and other devices' reports know of it.
+    """
+    know(device)
     reference = weakref.ref(device)
 
     def hang() -> dict[str, Any]:
@@ -290,7 +368,11 @@ def go_live(device: Device) -> live.Attachment | None:
         if alive is None or alive.closed:
             return {"schema": SCHEMA, "verdict": HangVerdict.IDLE.value, "sentence": "the device has just been closed",
                     "hangs": False, "text": "the device has just been closed"}
-        report = examine(alive)
-        return {**report.to_json(), "hangs": report.hangs, "text": str(report)}
+        return _told(examine(alive))
 
-    return live.attach(device.name, device.transport.info.kind, {"hang": hang})
+    return live.attach(device.name, device.transport.info.kind, {"hang": hang},
+                       {"hang": lambda: [_told(report) for report in examine_process()]})
+
+
+def _told(report: HangReport) -> dict[str, Any]:
+    return {**report.to_json(), "hangs": report.hangs, "text": str(report)}

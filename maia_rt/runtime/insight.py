@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,18 +34,26 @@ class Insight:
     semaphores: dict[int, Any] = field(default_factory=dict)
 
 
-def look_inside(firmware: Firmware, patience: float = PATIENCE_SECONDS) -> Insight:
-    """Ask a device what its queues and semaphores are at; takes `patience` seconds at most."""
+def look_inside(firmwares: Sequence[Firmware], patience: float = PATIENCE_SECONDS) -> list[Insight]:
+    """Ask devices, all at once, what their queues and semaphores are at; takes `patience` seconds at most."""
+    deadline = time.monotonic() + patience
+    asked = [_begin(firmware, patience) for firmware in firmwares]
+    for thread, _ in asked:
+        if thread is not None:
+            thread.join(max(deadline - time.monotonic(), 0))
+    return [found[-1] for _, found in asked]
+
+
+def _begin(firmware: Firmware, patience: float) -> tuple[threading.Thread | None, list[Insight]]:
     before = _asking.get(firmware)
     if before is not None and before.is_alive():
-        return Insight("it has not answered the last question yet")
+        return None, [Insight("it has not answered the last question yet")]
     found = [Insight(f"no answer within {patience:g} s")]
     # A server that stands still blocks whoever asks, for longer than that.
     thread = threading.Thread(target=lambda: found.append(_ask(firmware)), name="maia-asking", daemon=True)
     _asking[firmware] = thread
     thread.start()
-    thread.join(patience)
-    return found[-1]
+    return thread, found
 
 
 def _ask(firmware: Firmware) -> Insight:

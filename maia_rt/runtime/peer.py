@@ -240,6 +240,15 @@ class PeerPath:
             raise Unsupported(f"{self.device.name} does not reach {self.other.name} by itself", cause=self._why,
                               hint="stream.copy goes through the host")
 
+    def _semaphore_at(self, index: int) -> int | None:
+        """Where the device sees a semaphore of the peer; None where nothing is mapped."""
+        return self._window + _WORD_BYTES * index if self._maps and self._window else None
+
+    def _hbm_at(self, address: int) -> int | None:
+        """Where the device sees an address of the peer's; None where it does not."""
+        first, size = self.other.capabilities.hbm_base, self.other.capabilities.hbm_bytes
+        return self._hbm + address if self._maps and self._window and first <= address < first + size else None
+
     def _due(self) -> bool:
         """Count a direct copy; say whether it is to be checked."""
         self._copies += 1

@@ -437,8 +437,7 @@ class Stream(Lane):
         except Unsupported:  # no direct path
             if self._account.stopped:
                 self._resume()
-            index = semaphore.index
-            self.device._crossings.relay(self, lambda: peer._firmware.post_semaphore(index, op, value))
+            self.device._crossings.relay(self, peer, semaphore.index, op, value)
         else:
             self._submit(_SIGNAL_REMOTE, payload=(address, op | value << 32, 0))
 

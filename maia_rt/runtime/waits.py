@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,9 +21,11 @@ from maia_rt.contract.commands import (
     decode,
 )
 from maia_rt.errors import MaiaError
-from maia_rt.runtime.outstanding import Outstanding, Scene, Signaller
+from maia_rt.runtime.outstanding import HangPlace, Outstanding, Scene, Signaller
+from maia_rt.runtime.queue_watch import is_done
 
 if TYPE_CHECKING:
+    from maia_rt.runtime.crossing import Crossing, Mark
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.stream import Stream
 
@@ -36,8 +38,8 @@ class HangWait:
     ----------
     text : str
         The whole of it, as a clause.
-    queues : tuple of int
-        The queues that should bring it about; empty where nothing that is submitted will.
+    places : tuple of HangPlace
+        The queues that should bring it about, on whichever device; empty where nothing that is submitted will.
     semaphore, value, wanted : int or None
         For a semaphore or a word in memory: its number (None for a word), what it is, and what it is compared with.
     signallers : tuple of Signaller
@@ -47,7 +49,7 @@ class HangWait:
     """
 
     text: str
-    queues: tuple[int, ...] = ()
+    places: tuple[HangPlace, ...] = ()
     semaphore: int | None = None
     value: int | None = None
     wanted: int | None = None
@@ -89,7 +91,8 @@ def stage_waits(scene: Scene, one: Outstanding, row: Any) -> Iterator[HangWait]:
         running = {number: bytes(scene.insight.queues[number]["command"]) for number in holders}
         names = " and ".join(f"{_kernel(scene.device, raw)} on queue {number}" for number, raw in running.items())
         names = names or "launches of its own queue"
-        yield HangWait(f"waits for tiles, which are held by {names}", tuple(holders), by_program=not holders)
+        yield HangWait(f"waits for tiles, which are held by {names}",
+                       tuple(HangPlace(scene.label, number) for number in holders), by_program=not holders)
     elif stage == QueueStage.REPORT_ROOM:
         count = (int(row["report_tail"]) - int(row["report_head"])) & 0xFFFFFFFF
         yield HangWait(f"waits for room in its report ring: the program has not taken {count} records", by_program=True)
@@ -126,7 +129,7 @@ def _mirror_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -
         return HangWait(f"{text}; only {other.head} were submitted to it", **facts)
     where = other.where(command)
     text += f"; that command, of {other.stream(command)}, was submitted" + (f" at {where}" if where else " before")
-    return HangWait(text, (index,), **facts)
+    return HangWait(text, (other.place,), **facts)
 
 
 def semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int) -> HangWait:
@@ -136,15 +139,51 @@ def semaphore_wait(scene: Scene, index: int, kind: int, value: int, wanted: int)
             return HangWait(_call(scene.device, stream), (), index, value, wanted, by_program=True)
     for crossing in scene.device._crossings:
         if crossing.index == index and crossing.value == wanted:
-            # Another device signals it, as the program's own doing as far as this device is concerned.
-            return HangWait(f"waits for {crossing}, by semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is "
-                            f"{value}", (), index, value, wanted, by_program=True)
-    posts = tuple(scene.signallers(index))
+            return _crossing_wait(scene, crossing, kind, value)
+    posts, due = [*scene.others.signallers(scene, index)], False
+    for other in scene.others.all:
+        for relay in other.device._crossings.relays:
+            if relay.device is scene.device and relay.index == index:
+                signaller, held_up = _signaller(other, relay.mark)
+                posts.append(signaller)
+                due |= not held_up and not signaller.lost
     text = f"waits for semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}{_last_writer(scene, index)}"
-    text += _who(posts, "signal")
-    if not _queues(posts) and any(one.index == index and not one.closed for one in list(scene.device._semaphores)):
+    text += _who(scene, posts, "signal")
+    if not _places(posts) and any(one.index == index and not one.closed for one in list(scene.device._semaphores)):
         text += "; the program can, for it holds the semaphore"
-    return HangWait(text, _queues(posts), index, value, wanted, posts)
+    return HangWait(text, _places(posts), index, value, wanted, tuple(posts), by_program=due)
+
+
+def _crossing_wait(scene: Scene, crossing: Crossing, kind: int, value: int) -> HangWait:
+    """What a wait for a command of another device stands at: for that command, or for its signal."""
+    index, wanted = crossing.index, crossing.value
+    text = (f"waits for {crossing}, by semaphore {index} {_SIGNS.get(kind, '?')} {wanted}, which is {value}"
+            f"{_last_writer(scene, index)}")
+    other = scene.others.of(crossing.device)
+    if other is None:  # it has been closed, which the waiter is told
+        return HangWait(text, (), index, value, wanted, by_program=True)
+    signaller, held_up = _signaller(other, crossing.event)
+    if crossing.pushed is not None and not held_up and not signaller.lost:
+        signaller, held_up = _signaller(other, crossing.pushed)
+        text += f"; {signaller.text(scene.label)} is to signal it"
+    if signaller.lost:
+        text += f"; it was {signaller.lost}"
+    # The thread that looks after crossings does the rest.
+    done = not held_up and not signaller.lost
+    return HangWait(text, (signaller.place,) if held_up else (), index, value, wanted, (signaller,), by_program=done)
+
+
+def _signaller(other: Scene, mark: Mark) -> tuple[Signaller, bool]:
+    """A command of another device, and whether it is still to be done."""
+    queue, sequence = mark
+    name, where, lost, done = "no stream", "", "", True
+    try:
+        account = queue.accounts.get(queue.ring.owner(sequence))
+        name, where = account.name if account is not None else name, queue.where(sequence)
+        done = is_done(queue, sequence)
+    except MaiaError as error:
+        lost = f"lost: {error.what}"
+    return Signaller(other.label, queue.id, name, sequence, None, where, lost), not done and not lost
 
 
 def _call(device: Device, stream: Stream) -> str:
@@ -164,18 +203,18 @@ def _call(device: Device, stream: Stream) -> str:
 
 def _value_wait(scene: Scene, row: Any) -> HangWait:
     address, value, wanted = int(row["address"]), int(row["value"]), int(row["wanted"])
-    writers = tuple(scene.writers(address))
+    writers = tuple(scene.others.writers(scene, address))
     mask = f" & {int(row['mask']):#x}" if int(row["mask"]) != 0xFFFFFFFF else ""
     sign = _CONDITIONS.get(int(row["condition"]), "?")
     return HangWait(f"waits for the word at {address:#x}{mask} {sign} {wanted}, which is {value}"
-                    + _who(writers, "write"), _queues(writers), None, value, wanted, writers)
+                    + _who(scene, writers, "write"), _places(writers), None, value, wanted, writers)
 
 
-def _who(found: tuple[Signaller, ...], verb: str) -> str:
+def _who(scene: Scene, found: Sequence[Signaller], verb: str) -> str:
     text = ""
     for one in found[:3]:
         where = f", submitted at {one.where}" if one.where else ""
-        text += f"; {one} " + (f"would have done so{where}, but was {one.lost}" if one.lost else
+        text += f"; {one.text(scene.label)} " + (f"would have done so{where}, but was {one.lost}" if one.lost else
                                f"will {verb} it{where}")
     if len(found) > 3:
         text += f"; so will {len(found) - 3} more"
@@ -184,8 +223,8 @@ def _who(found: tuple[Signaller, ...], verb: str) -> str:
     return text
 
 
-def _queues(found: tuple[Signaller, ...]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(one.queue for one in found if not one.lost))
+def _places(found: Sequence[Signaller]) -> tuple[HangPlace, ...]:
+    return tuple(dict.fromkeys(one.place for one in found if not one.lost))
 
 
 def _last_writer(scene: Scene, index: int) -> str:
@@ -197,6 +236,12 @@ def _last_writer(scene: Scene, index: int) -> str:
         queue, sequence = int(row["queue"]), int(row["sequence"])
         where = scene.queues[queue].where(sequence) if queue in scene.queues else ""
         return f", last written by command {sequence} of queue {queue}" + (f", submitted at {where}" if where else "")
+    peers = scene.others.newest_signal(scene, index)
+    if peers is not None:
+        one, sequence = peers
+        where = one.where(sequence)
+        return (f", last signalled by command {sequence} of {one.place._text(scene.label)}"
+                + (f", submitted at {where}" if where else ""))
     return ", last written by the host" if row["writer"] == SemaphoreWriter.HOST else ", never written"
 
 

@@ -264,7 +264,7 @@ def test_a_hang_report_names_the_command_of_the_other_device(ends):
     with hold(source) as gate:
         waiter.wait(source)
         report = waiter.device.hang_report()
-        assert report.verdict is maia_rt.HangVerdict.WAITING
+        assert report.verdict is maia_rt.HangVerdict.UNSIGNALLED
         assert f"of {source.device.name} (process {source.device.emulator_pid}), submitted at {__file__}" in str(report)
         gate.add(1)
         waiter.synchronize()
