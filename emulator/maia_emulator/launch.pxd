@@ -29,6 +29,7 @@ cdef struct unit_t:         # a tile's part in a launch
     uint32_t logical
     uint32_t physical
     uint32_t at[3]
+    uint64_t due[3]         # when the operation that an engine is at leaves the links; 0: it has not begun
     uint32_t semaphores[TILE_SEMAPHORES]
     uint64_t random
 
@@ -38,6 +39,7 @@ cdef struct launch_t:
     context_t *context
     uint64_t args[MAX_ARGS]
     char *direct[MAX_ARGS]  # NULL: reached through the DMA table
+    bint past_caches[MAX_ARGS]      # long, written, and no other argument's memory
     uint32_t semaphores[TILE_SEMAPHORES]
     uint32_t remaining
     uint32_t status         # a FaultCode; the first one wins

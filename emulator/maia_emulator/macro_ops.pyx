@@ -11,9 +11,9 @@ import numpy as np
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memmove
 
-from maia_emulator.launch cimport launch_t, unit_t, worker_t
+from maia_emulator.launch cimport kernel_t, launch_t, unit_t, worker_t
 from maia_emulator.memory cimport DeviceMemory
-from maia_emulator.support cimport clock_ns, pthread_rwlock_rdlock, pthread_rwlock_unlock
+from maia_emulator.support cimport clock_ns, copy_past_caches, pthread_rwlock_rdlock, pthread_rwlock_unlock
 from maia_rt._fast.commands cimport (
     FAULT_NONE,
     FAULT_PROGRAM,
@@ -35,6 +35,9 @@ from maia_rt._fast.commands cimport (
     op_t,
     operand_t,
 )
+
+cdef enum:
+    LOOK_AHEAD = 32         # operations
 
 cdef extern from "conversions.h" nogil:
     void maia_conversion_tables()
@@ -127,12 +130,19 @@ cdef uint32_t move_row(DeviceMemory memory, unit_t *unit, op_t *op, uint64_t dst
     cdef char *to = locate(memory, unit, &op.operand[OPERAND_DST], dst)
     cdef char *origin = locate(memory, unit, &op.operand[OPERAND_A], src)
     cdef uint32_t status
+    worker.traffic.past_caches = False
     if op.operand[OPERAND_DST].space == SPACE_ARG:
         worker.tile_out += size
+        if launch.past_caches[op.operand[OPERAND_DST].index]:
+            worker.traffic.past_caches = True
+            worker.traffic.ahead = ahead_of(memory, unit, op, to if to != NULL else origin)
     else:
         worker.tile_in += size
     if to != NULL and origin != NULL:
-        memmove(to, origin, size)
+        if worker.traffic.past_caches:
+            copy_past_caches(to, origin, size, worker.traffic.ahead)
+        else:
+            memmove(to, origin, size)
         return FAULT_NONE
     pthread_rwlock_rdlock(&memory.dma.lock)
     status = memory.copy(address(memory, unit, &op.operand[OPERAND_DST], dst),
@@ -140,6 +150,42 @@ cdef uint32_t move_row(DeviceMemory memory, unit_t *unit, op_t *op, uint64_t dst
                          &worker.traffic, bad)
     pthread_rwlock_unlock(&memory.dma.lock)
     return status
+
+
+cdef char *ahead_of(DeviceMemory memory, unit_t *unit, op_t *op, char *otherwise) noexcept nogil:
+    """Where the tile reads from next; of several writes in a row the second one gets the second read, and so on."""
+    cdef kernel_t *kernel = unit.launch.kernel
+    cdef op_t *first = &kernel.ops[kernel.first[unit.logical * 3]]
+    cdef op_t *end = first + kernel.length[unit.logical * 3]
+    cdef op_t *at = op
+    cdef operand_t *source
+    cdef uint64_t size
+    cdef char *found
+    cdef int skip = 0
+    while at > first and is_move(at - 1, True) and skip < LOOK_AHEAD:
+        at -= 1
+        skip += 1
+    end = min(end, op + LOOK_AHEAD)
+    at = op + 1
+    while at < end:
+        if is_move(at, False):
+            if skip == 0:
+                source = &at.operand[OPERAND_A]
+                found = locate(memory, unit, source, source.offset)
+                if found == NULL:
+                    size = 1
+                    pthread_rwlock_rdlock(&memory.dma.lock)
+                    memory.resolve(address(memory, unit, source, source.offset), &size, False, unit.launch.context,
+                                   &found)
+                    pthread_rwlock_unlock(&memory.dma.lock)
+                return found if found != NULL else otherwise
+            skip -= 1
+        at += 1
+    return otherwise
+
+
+cdef inline bint is_move(op_t *op, bint out) noexcept nogil:
+    return op.opcode == MACRO_MOVE and (op.operand[OPERAND_DST].space == SPACE_ARG) == out
 
 
 cdef uint32_t gather(DeviceMemory memory, unit_t *unit, op_t *op, worker_t *worker, uint64_t *bad) noexcept nogil:

@@ -14,7 +14,7 @@ from maia_emulator.bells import imprint
 from maia_emulator.bells cimport BELL_BYTES, PART_HBM
 from maia_emulator.dma cimport DMA_READ, DMA_WRITE, DmaTable
 from maia_emulator.links cimport occupy
-from maia_emulator.support cimport pthread_rwlock_rdlock, pthread_rwlock_unlock
+from maia_emulator.support cimport copy_past_caches, pthread_rwlock_rdlock, pthread_rwlock_unlock
 from maia_emulator.watch cimport step_aside, step_back, watch_t
 from maia_rt._fast.commands cimport FAULT_ADDRESS, FAULT_CONTEXT
 
@@ -346,7 +346,10 @@ cdef class DeviceMemory:
                 if fault:
                     return fault
             else:
-                memmove(to, origin, length)
+                if traffic.past_caches:
+                    copy_past_caches(to, origin, length, traffic.ahead)
+                else:
+                    memmove(to, origin, length)
                 if target == KIND_PEER:
                     self.dma.ring(dst)
                 if self.link.on:

@@ -18,6 +18,9 @@ cdef extern from "engine_support.h" nogil:
     uint64_t clock_ns()
     int sched_yield()
 
+cdef extern from "streaming.h" nogil:
+    void copy_past_caches(char *to, const char *origin, size_t size, const char *ahead)
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_rwlock_t:
         pass

@@ -1,9 +1,9 @@
 """The tiles: kernels, launches and the worker threads that play the tiles' engines.
 
 A worker takes a tile's part of a launch and runs the tile's three engines by turns, each as far as its semaphores let
-it, until all are at their end or every one waits for another tile; then it puts the part back and takes the next. So a
-tile's own state needs no lock, different tiles run at the same time, and nothing but semaphores orders the engines:
-with a seed their turns are random, and a kernel that forgot a semaphore shows it.
+it, until all are at their end or every one waits for another tile or a link; then it puts the part back and takes the
+next. So a tile's own state needs no lock, different tiles run at the same time, and nothing but semaphores orders the
+engines: with a seed their turns are random, and a kernel that forgot a semaphore shows it.
 """
 
 import os
@@ -36,6 +36,7 @@ from maia_emulator.support cimport (
 )
 from maia_rt._fast.commands cimport (
     ARG_IN,
+    ARG_OUT,
     ARG_SCALAR,
     FAULT_BAD_FIELD,
     FAULT_NONE,
@@ -43,6 +44,10 @@ from maia_rt._fast.commands cimport (
     SHARED_SEMAPHORE,
     op_t,
 )
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int PR_SET_TIMERSLACK
+    int prctl(int option, unsigned long value)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int microseconds)
@@ -55,6 +60,8 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     MAX_WORKERS = 64
+    LONG_BYTES = 8388608
+    LINK_NAP_US = 100       # between looks at operations that are on a link
 
 cdef uint64_t GOLDEN = <uint64_t> 0x9e3779b97f4a7c15    # odd, so that close seeds draw far apart
 cdef uint64_t MIX = <uint64_t> 0xbf58476d1ce4e5b9
@@ -185,6 +192,9 @@ cdef class Tiles:
             kind = self.memory.resolve(args[i], &size, kernel.arg_kind[i] != ARG_IN, context, &launch.direct[i])
             if not (kind == KIND_HBM or kind == KIND_SRAM) or size != kernel.arg_bytes[i]:
                 launch.direct[i] = NULL
+        if writes_much(kernel):
+            for i in range(kernel.arg_count):
+                launch.past_caches[i] = kernel.arg_kind[i] == ARG_OUT and lies_apart(launch, i)
         self.launches += 1
         for i in range(kernel.tiles):
             launch.units[i].launch = launch
@@ -221,6 +231,9 @@ cdef class Tiles:
     cdef void loop(self, worker_t *worker) noexcept nogil:
         cdef unit_t *unit
         cdef launch_t *launch
+        cdef uint64_t nap
+        cdef uint32_t fruitless = 0
+        cdef bint precise = False
         pthread_mutex_lock(&self.mutex)
         while not self.stopping:
             unit = self.head
@@ -240,10 +253,19 @@ cdef class Tiles:
                     full_fence()
                     if load32(self.sleeping):
                         rouse(self.bell)
+                fruitless = 0
                 pthread_mutex_lock(&self.mutex)
                 continue
-            # Every engine of this tile waits for another tile.
-            sched_yield()
+            # Every engine of this tile waits: for another tile, or for what is on a link.
+            nap = left(unit)
+            fruitless = fruitless + 1 if nap else 0
+            if fruitless > self.count:
+                if not precise:
+                    prctl(PR_SET_TIMERSLACK, <unsigned long> 1)     # the kernel's 50 us are longer than many a piece
+                    precise = True
+                usleep(<unsigned int> min(nap // 1000, <uint64_t> LINK_NAP_US))
+            else:
+                sched_yield()
             pthread_mutex_lock(&self.mutex)
             self.push(unit)
         pthread_mutex_unlock(&self.mutex)
@@ -273,20 +295,30 @@ cdef class Tiles:
                     if load32(&launch.status):
                         return True
                     op = &kernel.ops[stream + unit.at[engine]]
-                    if not ready(unit, op):
-                        waiting = True
-                        break
-                    status = run_op(self.memory, unit, op, worker, &bad)
-                    worker.macro_ops += 1
-                    if worker.traffic.until:
-                        wait_for_links(self.memory, worker)
-                    add32(&launch.steps, 1)
-                    if status:
-                        if swap_if32(&launch.status, FAULT_NONE, status):
-                            launch.detail = stream + unit.at[engine]
-                            launch.unit = unit.physical
-                            launch.bad = bad
-                        return True
+                    if unit.due[engine]:
+                        if clock_ns() < unit.due[engine]:
+                            waiting = True
+                            break
+                        unit.due[engine] = 0
+                    else:
+                        if not ready(unit, op):
+                            waiting = True
+                            break
+                        status = run_op(self.memory, unit, op, worker, &bad)
+                        worker.macro_ops += 1
+                        add32(&launch.steps, 1)
+                        if status:
+                            worker.traffic.until = 0
+                            if swap_if32(&launch.status, FAULT_NONE, status):
+                                launch.detail = stream + unit.at[engine]
+                                launch.unit = unit.physical
+                                launch.bad = bad
+                            return True
+                        if worker.traffic.until:
+                            unit.due[engine] = worker.traffic.until + self.memory.link.latency_ns
+                            worker.traffic.until = 0
+                            moved = True
+                            continue
                     post(unit, op)
                     unit.at[engine] += 1
                     moved = True
@@ -299,13 +331,41 @@ cdef class Tiles:
         return load32(&launch.status) != 0
 
 
-cdef void wait_for_links(DeviceMemory memory, worker_t *worker) noexcept nogil:
-    """Let what an operation moved over the links take its time."""
-    cdef uint64_t until = worker.traffic.until + memory.link.latency_ns, now = clock_ns()
-    worker.traffic.until = 0
-    while now < until:
-        usleep(<unsigned int> min(1 + (until - now) // 1000, <uint64_t> 1000))
-        now = clock_ns()
+cdef bint writes_much(kernel_t *kernel) noexcept nogil:
+    """Whether it writes so much that the first bytes have left the cores' caches before the last ones come."""
+    cdef uint64_t size = 0
+    cdef uint32_t i
+    for i in range(kernel.arg_count):
+        if kernel.arg_kind[i] == ARG_OUT:
+            size += kernel.arg_bytes[i]
+    return size >= LONG_BYTES
+
+
+cdef bint lies_apart(launch_t *launch, uint32_t which) noexcept nogil:
+    """Whether no other argument lies in an argument's memory; what was just read is best written where it is cached."""
+    cdef kernel_t *kernel = launch.kernel
+    cdef uint64_t first = launch.args[which], end = first + kernel.arg_bytes[which]
+    cdef uint32_t i
+    for i in range(kernel.arg_count):
+        if (i != which and kernel.arg_kind[i] != ARG_SCALAR and launch.args[i] < end
+                and first < launch.args[i] + kernel.arg_bytes[i]):
+            return False
+    return True
+
+
+cdef uint64_t left(unit_t *unit) noexcept nogil:
+    """Nanoseconds until an operation that is on a link is there; 0 where none is."""
+    cdef uint64_t now = 0, first = 0
+    cdef int engine
+    for engine in range(3):
+        if unit.due[engine]:
+            if now == 0:
+                now = clock_ns()
+            if unit.due[engine] <= now:
+                return 0
+            if first == 0 or unit.due[engine] - now < first:
+                first = unit.due[engine] - now
+    return first
 
 
 cdef inline bint ready(unit_t *unit, op_t *op) noexcept nogil:

@@ -76,10 +76,25 @@ class Collective:
         InvalidArgument
             The communicator does not take times.
         """
-        if not self._starts:
-            raise InvalidArgument(f"the times of this {self.name} were not taken",
-                                  hint="make the communicator with timing=True")
-        return max((end - start) / 1e3 for start, end in zip(self._starts, self._ends, strict=True))
+        return self.seconds_since(self)
+
+    def seconds_since(self, first: Collective) -> float:
+        """Device time of the slowest rank, from the moment its stream was ready for an earlier collective.
+
+        Parameters
+        ----------
+        first : Collective
+            Of the same communicator and streams: what was submitted from it on to this one is timed as a whole.
+
+        Raises
+        ------
+        InvalidArgument
+            The communicator does not take times, or is another one.
+        """
+        if first._communicator is not self._communicator or len(first._starts) != len(self._ends):
+            raise InvalidArgument(f"there is no time from {first!r} to {self!r}",
+                                  hint="both are of all ranks of one communicator, made with timing=True")
+        return max((end - start) / 1e3 for start, end in zip(first._starts, self._ends, strict=True))
 
     @property
     def bandwidth(self) -> float:

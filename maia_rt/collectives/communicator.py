@@ -34,6 +34,7 @@ share see all collectives in one order, and none waits for one that is behind an
 _CLOSE_SECONDS: Final = 5.0
 _RATE_BYTES: Final = 16 << 20
 _RATE_ROUNDS: Final = 5
+_RATE_COPIES: Final = 4
 
 
 class Communicator:
@@ -239,6 +240,8 @@ class Communicator:
     def measure(self, nbytes: int = _RATE_BYTES) -> float:
         """Measure how fast all ranks copy to the next rank at the same time, and remember it as :attr:`rate`.
 
+        Each of a few rounds has several copies one behind the other, so that what begins late does not count.
+
         Parameters
         ----------
         nbytes : int
@@ -254,7 +257,7 @@ class Communicator:
             buffers = [[stack.enter_context(device.allocate(nbytes)) for _ in range(2)] for device in self.devices]
             streams = [device.default_stream for device in self.devices]
             rounds = [self._measure_round(streams, buffers) for _ in range(_RATE_ROUNDS + 1)]
-        self._rate = len(self.devices) * nbytes / statistics.median(rounds[1:])
+        self._rate = len(self.devices) * _RATE_COPIES * nbytes / statistics.median(rounds[1:])
         return self._rate
 
     @property
@@ -269,7 +272,9 @@ class Communicator:
         with _SUBMITTING:
             for member, stream in zip(members, streams, strict=True):
                 peer = (member.rank + 1) % len(members)
-                member.copy(stream, member.at(peer, buffers[peer][1].address), buffers[member.rank][0].address, size)
+                for _ in range(_RATE_COPIES):
+                    member.copy(stream, member.at(peer, buffers[peer][1].address), buffers[member.rank][0].address,
+                                size)
         ends = [stream.record(timing=True) for stream in streams]
         self.barrier(streams).synchronize()
         return max((end - start) / 1e3 for start, end in zip(starts, ends, strict=True))
@@ -357,8 +362,10 @@ class Communicator:
             raise
         for call, end in zip(calls, ends, strict=True):
             members[call.rank].last = end
-        self._watch.add([Part(call.rank, call.stream, mark, (end._queue, end._sequence))
-                         for call, mark, end in zip(calls, marks, ends, strict=True) if end._queue is not None])
+        spans = [(call.rank, call.stream, mark, end) for call, mark, end in zip(calls, marks, ends, strict=True)]
+        spans += [(call.rank, *beside) for call in calls if (beside := members[call.rank].beside) is not None]
+        self._watch.add([Part(rank, stream, mark, (end._queue, end._sequence))
+                         for rank, stream, mark, end in spans if end._queue is not None])
         return Collective(self, calls[0].name, name, requests.bytes_moved(calls), starts, ends)
 
     def _give_up(self, calls: Sequence[Call], marks: Sequence[tuple[Any, int]], error: BaseException) -> None:
@@ -367,6 +374,8 @@ class Communicator:
         failure = RankFailure(rank, self.devices[rank].name, error)
         parts = [Part(call.rank, call.stream, mark, call.stream._mark())
                  for call, mark in zip(calls, marks, strict=True)]
+        parts += [Part(call.rank, beside[0], beside[1], beside[0]._mark())
+                  for call in calls if (beside := self._group.members[call.rank].beside) is not None]
         self._watch.fail(failure, parts)
 
     def _choose(self, calls: Sequence[Call], name: str) -> tuple[Callable[[Group, Sequence[Call]], None], str]:

@@ -15,8 +15,9 @@ def all_reduce(group: Group, calls: Sequence[Call]) -> None:
     for call, (start, end) in zip(calls, group.parts(calls[0].count), strict=True):
         offset, member = start * call.dtype.itemsize, group.members[call.rank]
         if end > start:
+            peers = [(call.rank + step) % len(group) for step in range(1, len(group) + 1)]
             group.reduce(call, [member.at(rank, at + offset) for rank, at in enumerate(sends)],
-                         [member.at(rank, at + offset) for rank, at in enumerate(recvs)], end - start)
+                         [member.at(rank, recvs[rank] + offset) for rank in peers], end - start)
     group.meet(calls)
 
 
@@ -46,14 +47,16 @@ def reduce_scatter(group: Group, calls: Sequence[Call]) -> None:
 
 
 def all_gather(group: Group, calls: Sequence[Call]) -> None:
-    """Each rank writes its send to its place in all recvs, the next rank's first."""
+    """Each rank writes its send to its place in all others' recvs, the next rank's first, and in its own meanwhile."""
     sends, recvs = address(calls, "send"), address(calls, "recv")
     group.meet(calls)
     for call in calls:
         rank, offset = call.rank, call.rank * call.nbytes
-        for step in range(1, len(group) + 1):
+        group.members[rank].copy_beside(call.stream, recvs[rank] + offset, sends[rank], call.nbytes)
+        for step in range(1, len(group)):
             peer = (rank + step) % len(group)
             group.copy(call, (peer, recvs[peer] + offset), (rank, sends[rank]), call.nbytes)
+        group.members[rank].join(call.stream)
     group.meet(calls)
 
 

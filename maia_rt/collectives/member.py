@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 from maia_rt.collectives.node import RankOperation
 from maia_rt.contract.commands import Opcode, PostOp, WaitOp
 from maia_rt.contract.program import KernelImage, write
-from maia_rt.errors import DeviceFault
+from maia_rt.errors import DeviceFault, OutOfQueues
 from maia_rt.queue import FAILED
 from maia_rt.runtime.graph_operation import Listed
 
 if TYPE_CHECKING:
     from maia_rt.collectives.path import Path
+    from maia_rt.queue import QueuePair
     from maia_rt.runtime.buffer import Buffer
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.event import Event
@@ -30,6 +32,8 @@ _SIGNAL: Final = int(Opcode.SIGNAL_REMOTE)
 _ADD_ONE: Final = PostOp.ADD | 1 << 32
 _ACQUIRE: Final = WaitOp.ACQUIRE
 _KERNELS: Final = 64
+_WORTH_A_STREAM: Final = 1 << 20
+"""Bytes that are copied beside a stream, and not in their turn."""
 
 
 class Member:
@@ -43,6 +47,8 @@ class Member:
         By peer.
     last : Event or None
         The end of the rank's newest collective.
+    beside : (Stream, mark, Event) or None
+        What the collective at hand does beside its stream: where, what was there before, and its end.
     closed : bool
     """
 
@@ -51,7 +57,9 @@ class Member:
         self.device = device
         self.paths: dict[int, Path] = {}
         self.last: Event | None = None
+        self.beside: tuple[Stream, tuple[QueuePair, int], Event] | None = None
         self._stream: Stream | None = None
+        self._side: Stream | None = None
         self._scratch: Buffer | None = None
         # By peer and lane: what that peer posts to.
         self.semaphores: dict[tuple[int, int], Semaphore] = {}
@@ -72,6 +80,7 @@ class Member:
 
     def begin(self, stream: Stream) -> None:
         """Come after the rank's collective before, on whatever stream that was."""
+        self.beside = None
         if self._stream is not stream:
             if self.last is not None:
                 stream.wait(self.last)
@@ -104,6 +113,30 @@ class Member:
             self._add(stream, Listed(_COPY, 0, (src, dst, nbytes)), f"copy of {nbytes} bytes between ranks")
         else:
             stream._submit(_COPY, payload=(src, dst, nbytes))
+
+    def copy_beside(self, stream: Stream, dst: int, src: int, nbytes: int) -> None:
+        """Copy within the rank's own memory while its stream goes on, up to :meth:`join`; a little, in its turn."""
+        if nbytes < _WORTH_A_STREAM or dst == src or stream._capture is not None or not self._has_side():
+            self.beside = None
+            self.copy(stream, dst, src, nbytes)
+            return
+        side = self._side
+        assert side is not None
+        before = side._mark()
+        side.wait(stream.record())
+        side._submit(_COPY, payload=(src, dst, nbytes))
+        self.beside = side, before, side.record()
+
+    def join(self, stream: Stream) -> None:
+        """Go on when what is copied beside the stream is there."""
+        if self.beside is not None:
+            stream.wait(self.beside[2])
+
+    def _has_side(self) -> bool:
+        if self._side is None:
+            with contextlib.suppress(OutOfQueues):
+                self._side = self.device.create_stream()
+        return self._side is not None
 
     def launch(self, stream: Stream, kernel: Kernel, addresses: tuple[int, ...]) -> None:
         """Launch a kernel on addresses as this rank's device sees them."""
@@ -164,6 +197,8 @@ class Member:
         self._programs.clear()
         if self._scratch is not None:
             self._scratch._hand_over()
+        if self._side is not None:
+            self._side.close()
         for semaphore in self.semaphores.values():
             semaphore.close()
         self.paths.clear()

@@ -221,7 +221,7 @@ def test_without_the_option_launches_of_a_list_run_one_after_the_other(bare, bus
 
 def test_launches_of_a_concurrent_list_overlap(bare, busy):
     queue = bare.queue()
-    put(bare, queue, *[launch(busy[0])] * 4, options=CONCURRENT, times=True)
+    put(bare, queue, *[launch(busy[1])] * 4, options=CONCURRENT, times=True)
     assert queue.wait() == 0
     rows = times(bare, 4)
     assert rows["start_ns"].max() < rows["end_ns"].min()
@@ -230,7 +230,7 @@ def test_launches_of_a_concurrent_list_overlap(bare, busy):
 @pytest.mark.parametrize("row", [nop(flags=CommandFlag.BARRIER), always(3)])
 def test_barriers_and_branches_wait_for_everything_ahead_in_a_concurrent_list(bare, busy, row):
     queue = bare.queue()
-    put(bare, queue, launch(busy[0]), launch(busy[0]), row, launch(busy[0]), launch(busy[0]), options=CONCURRENT,
+    put(bare, queue, launch(busy[0]), launch(busy[0]), row, launch(busy[1]), launch(busy[1]), options=CONCURRENT,
         times=True)
     assert queue.wait() == 0
     rows = times(bare, 5)

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from helpers import tiny_program
 from helpers.bare_engine import DATA, HBM, BareEngine, until
 from maia_emulator import cli
 from maia_emulator.processor import Processor
@@ -198,3 +199,35 @@ def test_an_emulator_started_with_a_model_holds_a_copy(start_emulator):
         stream.fill(buffer, 1)
         stream.synchronize()
         assert device.counters()["bytes_from_peers"] == 0
+
+
+def test_a_tile_that_waits_for_a_link_leaves_its_thread_to_others(start_emulator):
+    _, (path,) = start_emulator("--link-us", "500000", "--workers", "1")
+    count = 256
+    with (maia_rt.open(path) as device, device.load(tiny_program.image(count)) as loaded,
+          device.allocate_host(count, np.float32) as host, device.allocate((3, count), np.float32) as near,
+          device.create_stream(clusters=0b01) as far_stream, device.create_stream(clusters=0b10) as near_stream):
+        host.array[:] = 1
+        for row in near:
+            near_stream.fill(row, 0)
+        far_stream.launch(loaded["axpy"], host, near[0], near[1], 2.0)
+        near_stream.launch(loaded["axpy"], near[2], near[2], near[2], 1.0)
+        near_stream.synchronize()
+        assert not far_stream.query()
+        far_stream.synchronize()
+        assert (near[1].copy_to_host() == 2).all()
+
+
+def test_a_collective_takes_what_its_links_take(start_emulator):
+    gbps, count = 4, 1 << 20
+    _, paths = start_emulator("--link-gbps", str(gbps), devices=2)
+    with (maia_rt.open(paths[0]) as near, maia_rt.open(paths[1]) as far,
+          maia_rt.Communicator([near, far], timing=True) as ranks):
+        buffers = [near.upload(np.full(count, 1, np.float32)), far.upload(np.full(count, 2, np.float32))]
+        done = ranks.all_reduce(buffers)
+        done.synchronize()
+        # A port takes half of the buffer to be combined, and the other half combined.
+        assert done.seconds >= 4 * count * 8 / gbps / 1e9
+        for buffer in buffers:
+            assert (buffer.copy_to_host() == 3).all()
+            buffer.close()
