@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "topo": ("maia_tools.topo:topo", "Show who reaches whom among devices, how, and how fast."),
     "hang": ("maia_tools.hang:hang", "Show what running programs wait for on their devices."),
     "demo": ("maia_tools.demo:demo", "Run a sentence encoder on the device."),
-    "bench": ("maia_tools.bench:bench", "Time submissions, waits, copies and register reads."),
+    "bench": ("maia_tools.bench:bench", "Time submissions, waits, launches, graphs, copies and registers."),
 }
 """Each command's object, imported when it is used, and the line that ``maia --help`` shows for it."""
 

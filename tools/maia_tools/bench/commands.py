@@ -1,0 +1,225 @@
+"""Submitting commands, and waiting for them."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from maia_rt._fast.command import Command
+from maia_rt.contract.commands import COMMAND, Opcode
+from maia_rt.contract.program import ArgKind, Dtype
+from maia_rt.contract.program import write as write_program
+from maia_rt.kernels.builder import KernelBuilder
+from maia_tools.bench.measurement import Bar, Measurement, each
+from maia_tools.bench.subject import BURST, WAIT_NS, Subject
+
+BATCHES = (1, 8, 32, 128, 1024)
+ARGUMENTS = (0, 1, 4, 16)
+LAUNCHES = 64
+"""In one sample: few enough that argument slots do not run out."""
+ROUND_TRIPS = 300
+QUEUES = (1, 4, 16, 64)
+IDLE_SECONDS = 0.002
+NODES = (1, 10, 100, 1000, 10_000)
+REPLAYS = 8
+PACKING = "struct.pack_into of 64 bytes"
+COPYING = "numpy copy of 64 bytes, one of {}"
+
+
+def submissions(subject: Subject) -> list[Measurement]:
+    """NOPs, one way and another; beside them, what it costs Python to write as many bytes anywhere."""
+    ring = subject.stream.queue.ring
+    encoded = Command.nop()
+    room = bytearray(64)
+    pack = struct.Struct("<16I").pack_into
+    numbers = tuple(range(16))
+
+    def single() -> None:
+        submit = ring.submit
+        for _ in range(BURST):
+            submit(1, 0, 0, 0, 0, 0)
+
+    def preencoded() -> None:
+        submit = ring.submit_encoded
+        for _ in range(BURST):
+            submit(encoded)
+
+    def packing() -> None:
+        for _ in range(BURST):
+            pack(room, 0, *numbers)
+
+    found = [
+        Measurement(PACKING, BURST, packing),
+        Measurement("submit, encoded on the way", BURST, single, subject.settle, reference=PACKING,
+                    bar=Bar(plus_ns=300)),
+        Measurement("submit, pre-encoded", BURST, preencoded, subject.settle, reference=PACKING,
+                    bar=Bar(plus_ns=200)),
+    ]
+    for size in BATCHES:
+        found += _batches(subject, size)
+    return found
+
+
+def _batches(subject: Subject, size: int) -> list[Measurement]:
+    ring = subject.stream.queue.ring
+    batch = np.zeros(size, COMMAND)
+    batch["opcode"] = Opcode.NOP
+    plain, room = np.zeros(64 * size, np.uint8), np.zeros(64 * size, np.uint8)
+    times = max(1, BURST // size)
+
+    def batches() -> None:
+        submit = ring.submit_batch
+        for _ in range(times):
+            submit(batch)
+
+    def copying() -> None:
+        for _ in range(times):
+            np.copyto(room, plain)
+
+    reference = COPYING.format(size)
+    return [
+        Measurement(reference, times * size, copying),
+        Measurement(f"submit, numpy batch of {size}", times * size, batches, subject.settle, reference=reference,
+                    bar=Bar(plus_ns=50) if size == 32 else None, series=("numpy batch", size)),
+    ]
+
+
+def waits(subject: Subject) -> list[Measurement]:
+    """Submit and wait, with a device that is awake, and with one that has gone to sleep."""
+    ring = subject.stream.queue.ring
+
+    def once() -> None:
+        ring.wait(ring.submit(1, 0, 0, 0, 0, 0), WAIT_NS)
+
+    def asleep() -> None:
+        subject.stream.synchronize()
+        time.sleep(IDLE_SECONDS)
+
+    return [
+        Measurement("submit and wait, NOP", ROUND_TRIPS, lambda: each(ROUND_TRIPS, once), subject.settle,
+                    reference="shared word, round trip", bar=Bar(2, 500)),
+        Measurement("submit and wait, NOP, after 2 ms of rest", 1, lambda: each(1, once), asleep,
+                    reference="socket, round trip"),
+    ]
+
+
+def launches(subject: Subject) -> list[Measurement]:
+    """Submitting launches of a kernel that does next to nothing, by number of arguments."""
+    return [_launch(subject, count) for count in ARGUMENTS]
+
+
+def _launch(subject: Subject, count: int) -> Measurement:
+    device, stream = subject.device, subject.stream
+    builder = KernelBuilder(f"of_{count}", device.capabilities.program)
+    for number in range(count):
+        builder.argument(f"x{number}", ArgKind.IN, Dtype.FP32, (16,))
+    tile = builder.tile(0)
+    tile.fill(tile.allocate((16,), Dtype.FP32), 0)
+    program = subject.stack.enter_context(device.load(write_program([builder.build()])))
+    kernel = program[f"of_{count}"]
+    buffers = [subject.stack.enter_context(device.allocate(16, np.float32)) for _ in range(count)]
+
+    def run() -> None:
+        launch = stream.launch
+        for _ in range(LAUNCHES):
+            launch(kernel, *buffers)
+
+    return Measurement(f"launch, {count} arguments", LAUNCHES, run, subject.settle, stream.synchronize,
+                       reference=PACKING, series=("launch by arguments", count))
+
+
+def graphs(subject: Subject) -> list[Measurement]:
+    """Launching a graph of so many nodes, on the host's side, and until it is done."""
+    found: list[Measurement] = []
+    for count in NODES:
+        found += _graph(subject, count)
+    return found
+
+
+def _graph(subject: Subject, count: int) -> list[Measurement]:
+    device, stream = subject.device, subject.stream
+    word = subject.stack.enter_context(device.allocate(4))
+    with stream.capture() as capture:
+        for number in range(count):
+            stream.write_value(word, number)
+    graph = subject.stack.enter_context(capture.instantiate())
+    replays = REPLAYS if count <= 1000 else 1
+
+    def launching() -> None:
+        for _ in range(replays):
+            graph.launch(stream)
+
+    def done() -> None:
+        graph.launch(stream)
+        stream.synchronize()
+
+    return [
+        Measurement(f"graph of {count:,} nodes, launch", replays, launching, subject.settle, stream.synchronize,
+                    bar=Bar(plus_ns=1300 + 20 * count), series=("graph launch by nodes", count)),
+        Measurement(f"graph of {count:,} nodes, launch and wait", 1, done, subject.settle,
+                    series=("graph launch and wait by nodes", count)),
+    ]
+
+
+def events(subject: Subject) -> list[Measurement]:
+    """Events, semaphores, and the allocators."""
+    device, stream = subject.device, subject.stream
+    other = subject.stack.enter_context(device.create_stream())
+    event = stream.record()
+    semaphore = subject.stack.enter_context(device.create_semaphore())
+
+    def many(once: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(LAUNCHES):
+                once()
+        return run
+
+    def finish() -> None:
+        stream.synchronize()
+        other.synchronize()
+
+    def allocate() -> None:
+        device.allocate(4096).close()
+
+    def allocate_in_order() -> None:
+        stream.free(stream.allocate(4096))
+
+    return [Measurement(name, LAUNCHES, many(once), subject.settle, finish, reference=PACKING) for name, once in (
+        ("record an event", lambda: stream.record(event)),
+        ("record an event that takes the time", lambda: stream.record(timing=True)),
+        ("have another stream wait for an event", lambda: other.wait(event)),
+        ("ask whether an event is done", event.query),
+        ("signal a semaphore", lambda: stream.signal(semaphore)),
+        ("allocate 4 KiB and close it", allocate),
+        ("allocate 4 KiB in stream order and free it", allocate_in_order),
+    )]
+
+
+def queues(subject: Subject) -> list[Measurement]:
+    """Submitting to many queues by turns, and waiting for all of them: a command's share."""
+    found = []
+    streams = [subject.stream]
+    for count in QUEUES:
+        if count > subject.device.capabilities.max_queues - 8:
+            break
+        while len(streams) < count:
+            streams.append(subject.stack.enter_context(subject.device.create_stream(entries=64)))
+        found.append(_by_turns(subject, streams[:count]))
+    return found
+
+
+def _by_turns(subject: Subject, streams: list[object]) -> Measurement:
+    rings = [stream.queue.ring for stream in streams]  # type: ignore[attr-defined]
+    rounds = BURST // len(rings)
+
+    def run() -> None:
+        for _ in range(rounds):
+            last = [(ring, ring.submit(1, 0, 0, 0, 0, 0)) for ring in rings]
+        for ring, sequence in last:
+            ring.wait(sequence, WAIT_NS)
+
+    return Measurement(f"submit by turns to {len(rings)} queues and wait, a command", rounds * len(rings), run,
+                       subject.settle, reference=PACKING, series=("by queues", len(rings)))

@@ -1,0 +1,86 @@
+"""One run of the benchmark.
+
+Every round takes one sample of every measurement, so that a noisy moment spoils all alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from maia_tools import selection
+from maia_tools.bench import commands, transfers
+from maia_tools.bench.measurement import Measurement
+from maia_tools.bench.reference import Echo, PingPong, echo, ping_pong
+from maia_tools.bench.subject import Subject, apart
+
+GROUPS: dict[str, Callable[[Subject], list[Measurement]]] = {
+    "submit": commands.submissions, "wait": commands.waits, "launch": commands.launches, "graph": commands.graphs,
+    "events": commands.events, "queues": commands.queues, "registers": transfers.registers,
+    "copies": transfers.copies,
+}
+"""What can be asked for by name."""
+IDLE_SECONDS = 0.002
+
+
+def references(game: PingPong, peer: Echo) -> list[Measurement]:
+    """What the machine itself takes to tell another process something and hear back."""
+
+    def begin() -> None:
+        # The emulated device, which has just been busy, still watches its doorbells for a moment.
+        time.sleep(IDLE_SECONDS)
+        game.begin()
+
+    trips, messages = commands.ROUND_TRIPS, transfers.MESSAGES
+    return [
+        Measurement("shared word, round trip", trips, lambda: game.round_trips(trips), begin, game.end),
+        Measurement("socket, round trip", messages, lambda: peer.round_trips(messages)),
+    ]
+
+
+def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[str, Any]:
+    """Take ``rounds`` samples of all that is in ``groups``; the result as ``--json`` prints it."""
+    import maia_rt
+
+    with ExitStack() as stack:
+        device = stack.enter_context(maia_rt.open(selection.selector(selector)))
+        stream = stack.enter_context(device.create_stream())
+        others = stack.enter_context(apart(device))
+        game, peer = stack.enter_context(ping_pong(others)), stack.enter_context(echo(others))
+        subject = Subject(device, stream, stack)
+        by_group = {name: GROUPS[name](subject) for name in groups}
+        found = references(game, peer) + [m for some in by_group.values() for m in some]
+        # One unseen round warms caches, pages and pools.
+        with click.progressbar(range(rounds + 1), label="measuring", file=click.get_text_stream("stderr"),
+                               hidden=not os.isatty(2)) as numbers:
+            for number in numbers:
+                for m in found:
+                    m.sample()
+                    if number == 0:
+                        m.samples.clear()
+        medians = {m.name: m.median for m in found}
+        identity = device.identity
+        return {
+            "device": {"name": device.name, "model": identity.model, "firmware": identity.firmware,
+                       "emulated": device.capabilities.emulated},
+            "host": {"cores": len(os.sched_getaffinity(0)) + len(others), "machine": platform.machine(),
+                     "processor": processor(), "python": platform.python_version(), "kernel": platform.release()},
+            "rounds": rounds,
+            "pinned": bool(others),
+            "results": [m.data(medians) for m in found],
+        }
+
+
+def processor() -> str:
+    """The processor's name, as the kernel has it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return ""
