@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from maia_rt.runtime.pool import MemoryPool, PoolStatistics
     from maia_rt.runtime.program import Kernel, Program
     from maia_rt.runtime.semaphore import Semaphore
+    from maia_rt.runtime.spanning_graph import SpanningGraph
     from maia_rt.runtime.stream import Stream, StreamStatistics
     from maia_rt.runtime.topology import Link, Place, Topology, topology
 
@@ -65,6 +66,7 @@ __all__ = [
     "Rank",
     "Semaphore",
     "Space",
+    "SpanningGraph",
     "Stream",
     "StreamStatistics",
     "Topology",
@@ -87,7 +89,8 @@ _HOMES = {
     "Injection": "contract.injection",
     "Kernel": "program", "LostCommand": "stream", "MemoryPool": "pool", "PeerPath": "peer",
     "PoolStatistics": "pool", "Program": "program",
-    "Semaphore": "semaphore", "Space": "spaces", "Stream": "stream", "StreamStatistics": "stream",
+    "Semaphore": "semaphore", "Space": "spaces", "SpanningGraph": "spanning_graph", "Stream": "stream",
+    "StreamStatistics": "stream",
     "Link": "topology", "Place": "topology", "Topology": "topology", "topology": "topology",
     "devices": "discovery", "from_dlpack": "dlpack", "open": "discovery",
     "Collective": "collectives.collective", "Communicator": "collectives.communicator", "Rank": "collectives.rank",

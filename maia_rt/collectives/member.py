@@ -150,7 +150,7 @@ class Member:
 
     def _add(self, stream: Stream, listed: Listed, text: str) -> None:
         lane = stream._capture
-        lane.front = [lane.capture.builder._add(RankOperation(self.device, self, listed, text), lane.front)]
+        lane.front = [lane._builder._add(RankOperation(self.device, self, listed, text), lane.front)]
 
     def at(self, rank: int, address: int) -> int:
         """Where this rank's device sees an address in the memory of another, or its own."""

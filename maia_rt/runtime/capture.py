@@ -10,22 +10,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from maia_rt.errors import CaptureError, InvalidType
+from maia_rt.errors import CaptureError, InvalidType, Unsupported
 from maia_rt.runtime import check
 from maia_rt.runtime.buffer import Memory
 from maia_rt.runtime.copy import CopyPath
 from maia_rt.runtime.event import Event
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_node import GraphNode
+from maia_rt.runtime.graph_peer import Edge, EdgeSignal, EdgeWait
 from maia_rt.runtime.semaphore import Semaphore
 
 if TYPE_CHECKING:
+    from maia_rt.runtime.device import Device
     from maia_rt.runtime.graph import Graph
     from maia_rt.runtime.program import Kernel
+    from maia_rt.runtime.spanning_graph import SpanningGraph
     from maia_rt.runtime.stream import Stream
 
 
@@ -35,17 +39,27 @@ class Capture:
     Attributes
     ----------
     builder : GraphBuilder
-        The nodes. More can be added by hand, or it becomes another graph's child.
+        The nodes. More can be added by hand, or it becomes another graph's child. Of a capture of several devices,
+        those of the first one.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.builder = GraphBuilder(stream.device)
+        self._builders = {stream.device: self.builder}
+        # The way from nodes to another device: the wait there; and what such a wait waits for.
+        self._edges: dict[tuple[tuple[GraphNode, ...], Device], GraphNode] = {}
+        self._signals: dict[GraphNode, GraphNode] = {}
         self._origin = stream
         self._lanes: list[CaptureLane] = []
         self._state = "not begun"
 
-    def instantiate(self) -> Graph:
+    def instantiate(self) -> Graph | SpanningGraph:
         """Make a graph that can be launched; as :meth:`maia_rt.GraphBuilder.instantiate`.
+
+        Returns
+        -------
+        Graph or SpanningGraph
+            The latter where streams of several devices were captured.
 
         Raises
         ------
@@ -54,7 +68,11 @@ class Capture:
         """
         if self._state != "done":
             raise CaptureError(f"the capture is {self._state}", hint="instantiate it after the with block")
-        return self.builder.instantiate()
+        if len(self._builders) == 1:
+            return self.builder.instantiate()
+        from maia_rt.runtime.spanning_graph import SpanningGraph
+
+        return SpanningGraph(list(self._builders.values()))
 
     def __enter__(self) -> Capture:
         if self._state != "not begun":
@@ -90,8 +108,32 @@ class Capture:
         stream._capture = lane
         return lane
 
+    def _cross(self, source: Device, front: list[GraphNode], target: Stream) -> GraphNode:
+        """Have a node of another device stand for places of one: a signal there, and a wait here."""
+        key = tuple(front), target.device
+        if key not in self._edges:
+            try:
+                source.peer(target.device).semaphore(0)
+            except Unsupported as error:
+                raise CaptureError(f"{target.name} of {target.device.name} cannot wait in a graph for {source.name}",
+                                   cause=f"there is no direct path between the two: {error.cause or error.what}",
+                                   hint="capture a graph on each; their streams wait for each other between launches"
+                                   ) from None
+            builder = self._builders.setdefault(target.device, GraphBuilder(target.device))
+            for one in self._builders.values():
+                one._spans = True
+            edge = Edge(source, target.device)
+            signal = self._builders[source]._add(EdgeSignal(source, edge), front)
+            # A wait holds up what comes behind it in the list. As it comes after all that was captured before, no list
+            # ever stands at a wait for what comes later than itself: so lists do not wait for each other in a circle.
+            followed = {node for one in builder.nodes for node in one.after}
+            before = [node for node in builder.nodes if node not in followed]
+            self._edges[key] = wait = builder._add(EdgeWait(target.device, edge), before)
+            self._signals[wait] = signal
+        return self._edges[key]
+
     def __repr__(self) -> str:
-        return f"<Capture of {self._origin.name}, {self._state}, {len(self.builder)} nodes>"
+        return f"<Capture of {self._origin.name}, {self._state}, {sum(map(len, self._builders.values()))} nodes>"
 
 
 class CaptureLane:
@@ -115,7 +157,8 @@ class CaptureLane:
         """A node."""
         if checksum:
             raise CaptureError("a copy with a checksum cannot be captured", hint="check what arrived after the replay")
-        self.front = [self._builder.copy(dst, src, after=self.front)]
+        with self._reaching("a copy that goes through the host"):
+            self.front = [self._builder.copy(dst, src, after=self.front)]
         return CopyPath.DIRECT
 
     def fill(self, dst: Memory, value: int, width: int = 1) -> None:
@@ -124,7 +167,8 @@ class CaptureLane:
 
     def multicast(self, dsts: Sequence[Memory], src: Memory) -> int:
         """As many nodes as there are destinations, side by side."""
-        nodes = [self._builder.copy(dst, src, after=self.front) for dst in dsts]
+        with self._reaching("a copy that goes through the host"):
+            nodes = [self._builder.copy(dst, src, after=self.front) for dst in dsts]
         self.front = nodes or self.front
         return len(nodes)
 
@@ -133,7 +177,7 @@ class CaptureLane:
         self.front = [self._builder.launch(kernel, *args, clusters=clusters or self.stream.clusters, after=self.front)]
 
     def graph(self, graph: Graph) -> None:
-        """A child."""
+        """A child, of the same device."""
         self.front = [self._builder.child(graph._builder, after=self.front)]
 
     def write_value(self, memory: Memory, value: int) -> None:
@@ -146,7 +190,8 @@ class CaptureLane:
 
     def signal(self, semaphore: Semaphore, value: int, *, op: str) -> None:
         """A node."""
-        self.front = [self._builder.signal(semaphore, value, op=op, after=self.front)]
+        with self._reaching("a signal that goes through the host"):
+            self.front = [self._builder.signal(semaphore, value, op=op, after=self.front)]
 
     # --- order -------------------------------------------------------------------------------------------------------
 
@@ -169,17 +214,13 @@ class CaptureLane:
             if not hasattr(what, "_capture"):
                 raise InvalidType(f"what a stream waits for is {type(what).__name__}, not an Event",
                                   hint="pass an event, a stream or a semaphore")
-            if what.device is not self.stream.device:
-                raise self._abroad(what.device.name)
             if what._capture is None:
                 raise CaptureError(f"{self.stream.name} is being captured and cannot wait for {what!r}",
                                    cause="that stream is not in the capture")
             if what._capture.capture is not self.capture:
                 raise CaptureError(f"{self.stream.name} and {what.name} are in different captures")
-            self._follow(what._capture.front)
+            self._follow(what._capture, what._capture.front)
             return
-        if what.device is not self.stream.device:
-            raise self._abroad(what.device.name)
         if what._captured is None:
             if what._queue is None:
                 return  # never recorded: done
@@ -189,12 +230,7 @@ class CaptureLane:
         lane, front = what._captured
         if lane.capture is not self.capture:
             raise CaptureError("the event was recorded in another capture")
-        self._follow(front)
-
-    def _abroad(self, device: str) -> CaptureError:
-        return CaptureError(f"{self.stream.name} is being captured and cannot wait for {device}",
-                            cause="a graph runs on one device",
-                            hint="capture a graph on each device; their streams wait for each other between launches")
+        self._follow(lane, front)
 
     def refuse(self, call: str, hint: str) -> CaptureError:
         """What a call that cannot be captured raises."""
@@ -214,10 +250,12 @@ class CaptureLane:
 
     def joined_by(self, origin: CaptureLane) -> bool:
         """Say whether all that this stream did comes before the origin's end."""
+        signals = self.capture._signals
         seen = set(origin.front)
         left = list(origin.front)
         while left:
-            for node in left.pop().after:
+            at = left.pop()
+            for node in (*at.after, *([signals[at]] if at in signals else [])):
                 if node not in seen:
                     seen.add(node)
                     left.append(node)
@@ -225,9 +263,20 @@ class CaptureLane:
 
     @property
     def _builder(self) -> GraphBuilder:
-        return self.capture.builder
+        return self.capture._builders[self.stream.device]
 
-    def _follow(self, front: list[GraphNode]) -> None:
+    @contextlib.contextmanager
+    def _reaching(self, what: str) -> Iterator[None]:
+        """Say what cannot be captured where a peer is not reached directly."""
+        try:
+            yield
+        except Unsupported as error:
+            raise CaptureError(f"{self.stream.name} is being captured: {what} cannot be", cause=error.what,
+                               hint="make it before or after the launch of the graph") from None
+
+    def _follow(self, lane: CaptureLane, front: list[GraphNode]) -> None:
+        if lane.stream.device is not self.stream.device:
+            front = [self.capture._cross(lane.stream.device, front, self.stream)]
         self.front = list(dict.fromkeys([*self.front, *front]))
 
 
@@ -236,11 +285,10 @@ def fork(stream: Stream, event: Event) -> None:
     assert event._captured is not None
     lane, front = event._captured
     capture: Capture = lane.capture
-    if lane.stream.device is not stream.device:
-        raise CaptureError(f"{stream.name} cannot wait for a place in a graph of {lane.stream.device.name}",
-                           cause="a graph runs on one device", hint="wait for the stream that launches the graph")
     if capture._state != "under way":
         raise CaptureError(f"{stream.name} cannot wait for an event that was recorded in a capture that has ended",
                            cause="it stands for a place in a graph, not for a moment",
                            hint="record it again after the launch of the graph")
+    if lane.stream.device is not stream.device:
+        front = [capture._cross(lane.stream.device, front, stream)]
     capture._join(stream, list(front))

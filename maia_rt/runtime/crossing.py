@@ -34,6 +34,7 @@ from maia_rt.runtime.timeline import Timeline
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.event import Event
+    from maia_rt.runtime.replays import Replays
     from maia_rt.runtime.stream import Stream
 
 _NOP: Final = int(Opcode.NOP)
@@ -161,6 +162,7 @@ class Crossings:
         self._all: list[Timeline] = []
         self._open: list[Crossing] = []
         self._relays: list[Relay] = []
+        self._replays: list[Replays] = []
         self._incoming: deque[tuple[Mark, Callable[[MaiaError | None], None]]] = deque()
         self._thread: threading.Thread | None = None
         self._rope = -1
@@ -221,6 +223,14 @@ class Crossings:
 
         self._relays.append(relay)
         self._incoming.append((relay.mark, heard))
+        self._start()
+
+    def watch(self, replays: Replays) -> None:
+        """Look after a graph's replays, too, until they are over."""
+        with self._lock:
+            if replays in self._replays:
+                return
+            self._replays.append(replays)
         self._start()
 
     def forsake(self, source: Stream) -> None:
@@ -366,7 +376,7 @@ class Crossings:
         next_look = time.monotonic() + _LOOK_SECONDS
         try:
             while not self._ending:
-                busy = bool(watches or self._open)
+                busy = bool(watches or self._open or self._replays)
                 poll.poll(int(max(next_look - time.monotonic(), 0) * 1000) + 1 if busy else None)
                 with contextlib.suppress(BlockingIOError):
                     os.read(bell, 4096)
@@ -408,6 +418,11 @@ class Crossings:
                 except MaiaError as error:
                     gone[other] = error
             crossing.look(gone[other])
+        for replays in list(self._replays):
+            replays.look()
+            with self._lock:
+                if replays.over:
+                    self._replays.remove(replays)
         self._collect()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,6 @@ from maia_rt.runtime.graph_operation import (
     LaunchOperation,
     LoopOperation,
     Operation,
-    SemaphoreWaitOperation,
-    WaitOperation,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +75,8 @@ class Graph:
         Commands of the list.
     """
 
-    def __init__(self, builder: GraphBuilder) -> None:
+    def __init__(self, builder: GraphBuilder, bind: Callable[[Operation], Operation] | None = None) -> None:
+        # `bind` gives a graph of its own, among those of one builder, what its nodes need of their own.
         self._closed = True
         device = builder.device
         device._require_open()
@@ -88,10 +87,13 @@ class Graph:
         self._builder = builder
         self._lock = threading.Lock()
         self._layout = layout = Layout(builder)
+        if bind is not None:
+            for step in layout.steps:
+                step.operation = bind(step.operation)
         self.nodes: tuple[GraphNode, ...] = tuple(dict.fromkeys(step.node for step in layout.steps))
         self.count = layout.count
-        self._unbounded = any(isinstance(step.operation, WaitOperation | SemaphoreWaitOperation)
-                              or (isinstance(step.operation, LoopOperation) and step.operation.memory is not None)
+        self._unbounded = any(step.operation._waits or (isinstance(step.operation, LoopOperation)
+                                                        and step.operation.memory is not None)
                               for step in layout.steps)
         self._timed = capabilities.list_options
         self._options = ListOption.CONCURRENT if self._timed else 0
@@ -103,7 +105,9 @@ class Graph:
         self._slot = 0
         self._accesses: tuple[list[Any], list[Any]] | None = None
         self._book, self._validator = device._addresses, device._validator
-        self._seen = self._book.closings
+        # Of this device's; where nodes need other devices it is never up to date, and each launch compares `_all_seen`.
+        self._seen = -1
+        self._all_seen = self._note_peers()
         self._require_open_memory()
         self._counters: Buffer | None = None
         self._times: PinnedBlock | None = None
@@ -194,8 +198,9 @@ class Graph:
             for step, operation in zip(steps, operations, strict=True):
                 step.operation = operation
                 self._layout.encode_step(step, self._list.view(), self._list.iova, self._counters_at)
+            self._note_peers()
             # Another buffer may have been closed before; have the next launch look.
-            self._seen = -1
+            self._seen = self._all_seen = -1
 
     def times(self) -> list[NodeTime]:
         """When each node ran in the newest replay that has finished; always on.
@@ -323,16 +328,29 @@ class Graph:
             raise ClosedError(f"{self!r} has been closed")
         if stream.device is not self.device:
             raise InvalidArgument("the stream belongs to another device than the graph")
-        closings = self._book.closings
-        if self._seen != closings:
-            self._require_open_memory()
-            self._seen = closings
+        self._require_launchable()
         if stream._capture is not None:
             stream._capture.graph(self)
             return False
         if self._validator is not None:
             self._validate(stream)
         return True
+
+    def _require_launchable(self) -> None:
+        """Raise ClosedError where something that a node needs has been closed."""
+        closings = self._closings()
+        if self._all_seen != closings:
+            self._require_open_memory()
+            self._all_seen = closings
+        self._seen = -1 if self._peers else closings
+
+    def _note_peers(self) -> int:
+        """Remember which other devices' things nodes need; return what has been closed on all of them so far."""
+        self._peers = tuple(dict.fromkeys(peer for step in self._layout.steps for peer in step.operation._peers()))
+        return self._closings()
+
+    def _closings(self) -> int:
+        return self._book.closings + sum(peer._addresses.closings for peer in self._peers)
 
     def _follow(self, stream: Stream, account: Account) -> None:
         """Have a stream wait for the replays on others, until they are done."""

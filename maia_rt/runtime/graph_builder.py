@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from maia_rt.errors import InvalidArgument, InvalidType
 from maia_rt.runtime import check
-from maia_rt.runtime.buffer import Memory
+from maia_rt.runtime.buffer import Buffer, Memory
 from maia_rt.runtime.graph_node import GraphNode, caller
 from maia_rt.runtime.graph_operation import (
     ConditionOperation,
@@ -21,6 +21,7 @@ from maia_rt.runtime.graph_operation import (
     WaitOperation,
     WriteOperation,
 )
+from maia_rt.runtime.graph_peer import PeerCopyOperation, PeerSignalOperation
 from maia_rt.runtime.program import Kernel
 from maia_rt.runtime.semaphore import WORD, Semaphore
 
@@ -48,6 +49,8 @@ class GraphBuilder:
         self.nodes: list[GraphNode] = []
         self._root = root or self
         self._children: list[GraphBuilder] = []
+        # Whether its nodes wait for those of other devices' builders, of the same capture.
+        self._spans = False
 
     def copy(self, dst: Memory, src: Memory, *, after: Iterable[GraphNode] = ()) -> GraphNode:
         """Copy all of `src` to `dst`.
@@ -55,7 +58,7 @@ class GraphBuilder:
         Parameters
         ----------
         dst, src : Buffer or HostBuffer
-            Contiguous, of the same number of bytes.
+            Contiguous, of the same number of bytes. One may be memory of a peer that the device reaches by itself.
         after : iterable of GraphNode
             Nodes of this graph.
 
@@ -63,8 +66,13 @@ class GraphBuilder:
         ------
         InvalidArgument, InvalidType, ClosedError
             As :meth:`maia_rt.Stream.copy`; memory that only the host reaches is InvalidType.
+        Unsupported
+            A peer's memory that the device does not reach by itself.
         """
-        return self._add(CopyOperation(self.device, dst, src), after)
+        own = [isinstance(memory, Buffer) and memory.device is self.device for memory in (dst, src)]
+        foreign = [isinstance(memory, Buffer) and memory.device is not self.device for memory in (dst, src)]
+        kind = PeerCopyOperation if any(own) and any(foreign) else CopyOperation
+        return self._add(kind(self.device, dst, src), after)
 
     def fill(self, dst: Memory, value: int, width: int = 1, *, after: Iterable[GraphNode] = ()) -> GraphNode:
         """Fill memory with a pattern; as :meth:`maia_rt.Stream.fill`."""
@@ -89,7 +97,12 @@ class GraphBuilder:
 
     def signal(self, semaphore: Semaphore, value: int = 1, *, op: str = "add", after: Iterable[GraphNode] = ()
                ) -> GraphNode:
-        """Post to a semaphore; as :meth:`maia_rt.Stream.signal`."""
+        """Post to a semaphore, this device's or a peer's; as :meth:`maia_rt.Stream.signal`.
+
+        Unsupported says that the device does not reach the peer by itself.
+        """
+        if isinstance(semaphore, Semaphore) and semaphore.device is not self.device:
+            return self._add(PeerSignalOperation(self.device, semaphore, value, op), after)
         return self._add(SignalOperation(self.device, semaphore, value, op), after)
 
     def wait(self, semaphore: Semaphore, value: int | None, *, op: str = "ge", after: Iterable[GraphNode] = ()
@@ -114,6 +127,8 @@ class GraphBuilder:
         check.instance(graph, GraphBuilder, "a child", "make one with device.create_graph()")
         if graph.device is not self.device:
             raise InvalidArgument("the child graph belongs to another device")
+        if graph._spans:
+            raise InvalidArgument("a graph that spans devices is no child", hint="capture its commands again")
         if graph._root is self._root or graph._contains(self._root):
             raise InvalidArgument("a graph cannot be part of itself")
         node = self._add(None, after, graph)
@@ -169,6 +184,9 @@ class GraphBuilder:
 
         if self._root is not self:
             raise InvalidArgument("this is the body of a loop or condition", hint="instantiate the graph around it")
+        if self._spans:
+            raise InvalidArgument("these are the nodes of one device, of a capture of several",
+                                  hint="instantiate all of it: capture.instantiate()")
         return Graph(self)
 
     # --- for what is built on builders -------------------------------------------------------------------------------

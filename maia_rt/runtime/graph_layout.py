@@ -28,8 +28,6 @@ from maia_rt.runtime.graph_operation import (
     Listed,
     LoopOperation,
     Operation,
-    SemaphoreWaitOperation,
-    WaitOperation,
     branch,
     jump,
 )
@@ -112,8 +110,8 @@ class Layout:
 
     def _place_all(self, steps: Iterable[Step]) -> None:
         # Those that wait come last in their level, for they hold up what is behind them.
-        rank = {LoopOperation: 2, ConditionOperation: 2, WaitOperation: 1, SemaphoreWaitOperation: 1}
-        order = sorted(steps, key=lambda step: (step.level, rank.get(type(step.operation), 0)))
+        order = sorted(steps, key=lambda step: (step.level, 1 if step.operation._waits else 2 * isinstance(
+            step.operation, LoopOperation | ConditionOperation)))
         level = -1
         for step in order:
             self.steps.append(step)

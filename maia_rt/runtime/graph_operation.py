@@ -6,7 +6,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from maia_rt.contract.commands import BranchSource, Condition, Opcode
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, Unsupported
@@ -52,6 +52,12 @@ class NodeOperation:
     """What a node does; immutable. ``changed(dst=...)`` makes another one, checked anew."""
 
     device: Device
+    _waits: ClassVar[bool] = False
+    """Whether it may wait as long as it likes, for others than the graph's own nodes."""
+
+    def _peers(self) -> tuple[Device, ...]:
+        """The other devices whose memory or semaphores it needs."""
+        return ()
 
     def _uses(self) -> list[tuple[str, Memory]]:
         """Its memory, by the name of the argument."""
@@ -105,7 +111,8 @@ class NodeOperation:
             raise InvalidArgument(f"a word has 4 bytes at a multiple of 4, not {memory.nbytes} at {memory.address:#x}")
 
 
-def _require_writable(memory: Memory, what: str) -> None:
+def require_writable(memory: Memory, what: str) -> None:
+    """Raise InvalidArgument where memory is read-only."""
     if getattr(memory, "readonly", False):
         raise InvalidArgument(f"{what} is read-only")
 
@@ -128,7 +135,7 @@ class CopyOperation(CommandOperation):
     def __post_init__(self) -> None:
         self._own(self.dst, "dst")
         self._own(self.src, "src")
-        _require_writable(self.dst, "dst")
+        require_writable(self.dst, "dst")
         if self.dst.nbytes != self.src.nbytes:
             raise InvalidArgument(f"dst has {self.dst.nbytes} bytes, src {self.src.nbytes}", hint="copy a slice")
 
@@ -156,7 +163,7 @@ class FillOperation(CommandOperation):
 
     def __post_init__(self) -> None:
         self._own(self.dst, "dst")
-        _require_writable(self.dst, "dst")
+        require_writable(self.dst, "dst")
         if self.width not in _WIDTHS:
             raise InvalidArgument(f"a pattern has 1, 2 or 4 bytes, not {self.width}")
         if self.dst.nbytes % self.width or self.dst.address % self.width:
@@ -232,7 +239,7 @@ class WriteOperation(CommandOperation):
 
     def __post_init__(self) -> None:
         self._word(self.memory)
-        _require_writable(self.memory, "the word's memory")
+        require_writable(self.memory, "the word's memory")
         check.integer(self.value, "a word", 0, WORD)
 
     def _listed(self) -> Listed:
@@ -257,6 +264,7 @@ class WaitOperation(CommandOperation):
     value: int
     condition: str = "ge"
     mask: int = WORD
+    _waits = True
 
     def __post_init__(self) -> None:
         self._word(self.memory)
@@ -311,6 +319,7 @@ class SemaphoreWaitOperation(SemaphoreOperation):
 
     value: int
     op: str = "ge"
+    _waits = True
 
     def __post_init__(self) -> None:
         _check_semaphore(self.device, self.semaphore, self.op, WAITS)

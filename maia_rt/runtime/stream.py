@@ -541,6 +541,7 @@ class Stream(Lane):
 
         Inside the block commands of this stream do not run; they become nodes. So do those of another stream from where
         it waits for an event that this one records there, until this one waits for an event of that one; it has to.
+        Where one is another device's, reached directly, the graph is a :class:`maia_rt.SpanningGraph`.
 
         Raises
         ------
@@ -779,9 +780,14 @@ class Stream(Lane):
     def __del__(self) -> None:
         if hasattr(self, "_staging_lock") and not self.closed and not self.device.closed:
             warnings.warn("a stream was not closed", ResourceWarning, stacklevel=2, source=self)
-            if self._calls is not None:
-                self._calls.semaphore.close()
-            self.device._abandon_queue(self._account, self._queue, self._staging)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Give everything back when what has been submitted is done, without waiting for it."""
+        self._closed = True
+        if self._calls is not None:
+            self._calls.semaphore.close()
+        self.device._abandon_queue(self._account, self._queue, self._staging)
 
     def __repr__(self) -> str:
         at = "closed" if self.closed else f"on queue {self._queue.id}"

@@ -283,6 +283,8 @@ TRIED_ELSEWHERE = {
     **dict.fromkeys(["Device.load_graph", "Graph.save"], "test_graph_file.py"),
     **dict.fromkeys(["Graph.close", "Graph.update", "GraphBuilder.child", "GraphBuilder.condition", "GraphBuilder.join",
                      "GraphBuilder.instantiate", "GraphBuilder.launch", "GraphBuilder.loop"], "test_graph.py"),
+    **dict.fromkeys([f"SpanningGraph.{name}" for name in ("close", "launch", "save", "times", "update")],
+                    "test_spanning_graph.py"),
     **dict.fromkeys(["Device.inject"], "test_injection.py"),
     **dict.fromkeys(["PeerPath.address", "PeerPath.semaphore"], "test_peer.py"),
     "MemoryPool.free": "what Stream.free calls: test_pool.py",
