@@ -18,19 +18,28 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-from maia_rt.contract.commands import COMMAND_BYTES, MAX_INDIRECT, CommandFlag, Condition, Opcode, PostOp
+from maia_rt.contract.commands import (
+    COMMAND_BYTES,
+    MAX_INDIRECT,
+    BranchSource,
+    CommandFlag,
+    Condition,
+    Opcode,
+    PostOp,
+)
 from maia_rt.errors import InvalidArgument
+from maia_rt.runtime.buffer import Memory
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_node import GraphNode
 from maia_rt.runtime.graph_operation import (
+    CONDITIONS,
     CommandOperation,
     ConditionOperation,
     Listed,
     LoopOperation,
     Operation,
-    branch,
-    jump,
 )
+from maia_rt.runtime.semaphore import Semaphore
 
 _COMMAND: Final = struct.Struct("<BBHIHBxI8xHBxI8xQQQ")
 assert _COMMAND.size == COMMAND_BYTES
@@ -168,9 +177,9 @@ class Layout:
         first, end = step.first, step.end
         if operation.memory is not None:
             word, value, mask, condition = operation.memory, operation.value, operation.mask, operation.condition
-            commands = {first: branch(word, value, mask, condition, first + 2), first + 1: jump(end)}
+            commands = {first: _branch(word, value, mask, condition, first + 2), first + 1: _jump(end)}
             if isinstance(operation, LoopOperation):
-                commands[end - 1] = branch(word, value, mask, condition, first + 2)
+                commands[end - 1] = _branch(word, value, mask, condition, first + 2)
         else:
             assert isinstance(operation, LoopOperation)
             word_at = counters + 4 * step.counter
@@ -235,3 +244,15 @@ def _expand(builder: GraphBuilder, entry: list[Step], found: list[Step], depth: 
         ends[node] = [step]
     last = [step for node in builder.nodes if node not in followed for step in ends[node]]
     return list(dict.fromkeys(last)) if builder.nodes else entry
+
+
+def _branch(at: Memory | Semaphore, value: int, mask: int, condition: str, target: int) -> Listed:
+    """A BRANCH on a word or a semaphore."""
+    where, source = (at.index, BranchSource.SEMAPHORE) if isinstance(at, Semaphore) else (
+        at.address, BranchSource.MEMORY)
+    return Listed(Opcode.BRANCH, 0, (where, value | mask << 32, target | CONDITIONS[condition] << 32 | source << 48))
+
+
+def _jump(target: int) -> Listed:
+    """A BRANCH that is always taken."""
+    return Listed(Opcode.BRANCH, 0, (0, 0, target | Condition.EQ << 32 | BranchSource.SEMAPHORE << 48))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from maia_rt.contract.commands import BranchSource, Condition, Opcode
+from maia_rt.contract.commands import Condition, Opcode
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, Unsupported
 from maia_rt.runtime import check
 from maia_rt.runtime.buffer import Memory
@@ -398,18 +398,6 @@ class ConditionOperation(NodeOperation):
 
 
 Operation = CommandOperation | LoopOperation | ConditionOperation
-
-
-def branch(at: Memory | Semaphore, value: int, mask: int, condition: str, target: int) -> Listed:
-    """A BRANCH on a word or a semaphore."""
-    where, source = (at.index, BranchSource.SEMAPHORE) if isinstance(at, Semaphore) else (
-        at.address, BranchSource.MEMORY)
-    return Listed(Opcode.BRANCH, 0, (where, value | mask << 32, target | CONDITIONS[condition] << 32 | source << 48))
-
-
-def jump(target: int) -> Listed:
-    """A BRANCH that is always taken."""
-    return Listed(Opcode.BRANCH, 0, (0, 0, target | Condition.EQ << 32 | BranchSource.SEMAPHORE << 48))
 
 
 def _check_condition(value: Any, condition: Any, mask: Any) -> None:
