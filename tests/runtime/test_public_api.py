@@ -105,8 +105,6 @@ KINDS = {
     "value": kind(lambda _: 3, negative=-1, huge=1 << 32, text="text", none=None, fraction=1.5),
     "mask": kind(lambda _: 0xFFFFFFFF, negative=-1, huge=1 << 32, text="text", none=None, fraction=1.5),
     "function": kind(lambda _: int, none=None, **OBJECTS),
-    "pinned": kind(lambda w: w.host, none=None, closed=lambda w: w.closed_buffer, foreign=lambda w: w.others_buffer,
-                   array=lambda w: w.array, **OBJECTS),
     "replayed": kind(lambda w: w.host, none=None, closed=lambda w: w.closed_buffer, array=lambda w: w.array, **OBJECTS),
     "mx": kind(lambda _: maia_rt.to_mx(np.ones((2, 32), np.float32), MX), none=None, **OBJECTS),
     "mx source": kind(lambda _: np.ones((2, 32), np.float32), none=None, ragged=lambda _: np.ones((2, 31), np.float32),
