@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from maia_rt.runtime.peer import PeerPath
 
 _known: Final[weakref.WeakSet[Device]] = weakref.WeakSet()
+_lock: Final = threading.Lock()
+"""Held while `_known` grows or is gone through: devices are opened by any thread."""
 
 
 class Scenes:
@@ -75,12 +78,13 @@ class Scenes:
 
 def know(device: Device) -> None:
     """Note that there is a device, for as long as it is open."""
-    _known.add(device)
+    with _lock:
+        _known.add(device)
 
 
 def linked(device: Device) -> list[Device]:
     """A device and, over any number of others, all that wait for it or signal it."""
-    known = sorted((one for one in list(_known) if not one.closed and one is not device), key=label)
+    known = [one for one in _open() if one is not device]
     found = [device]
     for one in found:
         found += [other for other in known if other not in found and (_reaches(one, other) or _reaches(other, one))]
@@ -89,12 +93,18 @@ def linked(device: Device) -> list[Device]:
 
 def groups() -> list[list[Device]]:
     """All open devices of the process; together in a list those that may wait for each other."""
-    left = sorted((one for one in list(_known) if not one.closed), key=label)
+    left = _open()
     made: list[list[Device]] = []
     while left:
         made.append(linked(left[0]))
         left = [one for one in left if one not in made[-1]]
     return made
+
+
+def _open() -> list[Device]:
+    with _lock:
+        known = list(_known)
+    return sorted((one for one in known if not one.closed), key=label)
 
 
 def _reaches(one: Device, other: Device) -> bool:
