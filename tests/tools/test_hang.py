@@ -94,6 +94,28 @@ def test_a_circle_is_a_deadlock(run_maia, start):
     assert sorted(place["queue"] for place in report["cycle"]) == [0, 1, 2]
 
 
+def test_two_devices_that_wait_for_each_other_are_one_picture(run_maia, start):
+    process = start("""
+        second = maia_rt.open("emulated")
+        far = second.create_stream()
+        asked, answered = second.create_semaphore(), device.create_semaphore()
+        far.wait(asked, 1)
+        streams[0].wait(answered, 1)
+        streams[0].signal(asked)
+        far.signal(answered)
+        print('ready', flush=True)
+        far.synchronize(60)
+    """)
+    done = run_maia("hang", process.pid)
+    assert done.returncode == 1, done.stderr
+    _, verdict, *links = done.stdout.splitlines()
+    assert verdict.count("emulated (process ") >= 4 and ": deadlock: queue " in verdict
+    assert len(links) == 2
+    data = json.loads(run_maia("hang", "--json", process.pid).stdout)
+    ((report,),) = [one["reports"] for one in data["processes"]]
+    assert report["verdict"] == "deadlock" and len({place["device"] for place in report["cycle"]}) == 2
+
+
 def test_a_device_is_found_by_its_socket_whoever_drives_it(run_maia, start, start_emulator):
     _, (path,) = start_emulator()
     process = start("""
