@@ -4,10 +4,7 @@ import contextlib
 import errno
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -25,6 +22,7 @@ from maia_rt.share import Broker
 from maia_rt.transport.uapi import PciRegion
 from maia_rt.transport.vfio_user import VfioUserClient
 from tests.helpers import tiny_program
+from tests.helpers.nursery import outlive
 
 # What a test does not close is closed with its device; the collector may come by before.
 pytestmark = pytest.mark.filterwarnings("ignore:a buffer of .* was not closed:ResourceWarning")
@@ -396,53 +394,9 @@ def test_a_broker_says_what_it_cannot_do(path, tmp_path):
 
 # --- a client that is killed ------------------------------------------------------------------------------------------
 
-NURSERY = """
-import os, sys, numpy as np, maia_rt
-path = sys.argv[1]
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        device = maia_rt.open("share:" + path)
-        assert not device.allocate(1 << 20).copy_to_host().any(), "somebody else's memory"
-        assert not device.allocate(4096, space=maia_rt.Space.tile(0)).copy_to_host().any(), "somebody else's SRAM"
-        data = np.full(8 << 20, 0xA5, np.uint8)
-        stream, there, back = device.create_stream(), device.allocate(data.nbytes), np.empty_like(data)
-        sram = device.allocate(4096, space=maia_rt.Space.tile(0))
-        stream.fill(sram, 0xA5)
-        stream.copy(there, data)
-        stream.synchronize()
-        os.write(1, b"%d\\n" % os.getpid())
-        while True:
-            stream.copy(there, data)
-            stream.copy(back, there)
-    _, status = os.waitpid(pid, 0)
-    os.write(1, b"ended %d\\n" % status)
-"""
-
 
 def test_programs_that_are_killed_in_the_middle_of_a_copy_cost_the_survivor_nothing(path):
     with broker_on(path) as broker, maia_rt.open(f"share:{path}") as device, device.create_stream() as stream:
-        nursery = subprocess.Popen([sys.executable, "-c", NURSERY, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   bufsize=0)
-        try:
-            rng = np.random.default_rng(1)
-            kept = rng.integers(0, 255, 4 * MIB, np.uint8)
-            memory, back = device.upload(kept), np.zeros_like(kept)
-            for number in range(ROUNDS):
-                nursery.stdin.write(b"go\n")
-                word = nursery.stdout.readline()
-                assert word.strip().isdigit(), f"round {number}: {word}"
-                stream.copy(back, memory)
-                time.sleep(float(rng.uniform(0, 0.01)))
-                os.kill(int(word), signal.SIGKILL)
-                assert nursery.stdout.readline() == b"ended 9\n"
-                stream.synchronize()
-                assert (back == kept).all(), f"round {number}"
-                back[:] = 0
-            assert not device.faults().size
-            settle(lambda: len(broker.clients()) == 1)
-            assert len(broker._firmware.queue_log()) == len({stream.queue.id, device.default_stream.queue.id})
-        finally:
-            nursery.stdin.close()
-            nursery.wait()
-            nursery.stdout.close()
+        outlive(path, stream, size=8 * MIB, rounds=ROUNDS)
+        settle(lambda: len(broker.clients()) == 1)
+        assert len(broker._firmware.queue_log()) == len({stream.queue.id, device.default_stream.queue.id})
