@@ -15,7 +15,17 @@ import maia_rt
 from maia_rt.contract import commands as c
 from maia_rt.contract.commands import AdminOpcode, AdminStatus, PostOp
 from maia_rt.contract.registers import Bar0
-from maia_rt.errors import DeviceBusy, DeviceFault, DeviceLost, FaultCode, InvalidArgument, TransportError, Unsupported
+from maia_rt.errors import (
+    DeviceBusy,
+    DeviceFault,
+    DeviceLost,
+    FaultCode,
+    InvalidArgument,
+    OutOfMemory,
+    OutOfSemaphores,
+    TransportError,
+    Unsupported,
+)
 from maia_rt.memory import DmaRegion
 from maia_rt.runtime.discovery import connect
 from maia_rt.share import Broker
@@ -390,6 +400,30 @@ def test_a_broker_says_what_it_cannot_do(path, tmp_path):
     # A share has no bounded contexts of its own to give away.
     with broker_on(path), maia_rt.open(f"share:{path}") as device, pytest.raises(Unsupported):
         device._firmware.create_context([(device.capabilities.hbm_base, MIB)], np.zeros((), c.CONTEXT_BOUNDS))
+
+
+def test_a_share_past_its_limits_says_so_and_goes_on(pair):
+    one, other = pair
+    limits = one.capabilities
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(OutOfMemory, match="512 MiB"):
+            one.allocate(limits.hbm_bytes + 4096)
+        with pytest.raises(OutOfMemory):
+            one.allocate(limits.cluster_sram_bytes + 64, space=maia_rt.Space.cluster(0))
+        with pytest.raises(InvalidArgument, match="cluster"):
+            one.create_stream(clusters=0b10)
+        with pytest.raises(InvalidArgument):
+            one.allocate(64, space=maia_rt.Space.tile(limits.clusters * limits.tiles_per_cluster))
+        with pytest.raises(OutOfSemaphores):
+            for _ in range(limits.semaphores + 1):
+                stack.enter_context(one.create_semaphore())
+        for _ in range(limits.max_queues + 4):      # streams share queues when they run out
+            stack.enter_context(one.create_stream(entries=64)).synchronize()
+        with other.upload(np.arange(100)) as memory, one.upload(np.arange(100)) as mine:
+            assert (memory.copy_to_host() == np.arange(100)).all()
+            assert (mine.copy_to_host() == np.arange(100)).all()
+        with other.create_semaphore(1) as semaphore:
+            assert semaphore.value == 1
 
 
 # --- a client that is killed ------------------------------------------------------------------------------------------
