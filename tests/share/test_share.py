@@ -406,7 +406,7 @@ def test_a_share_past_its_limits_says_so_and_goes_on(pair):
     one, other = pair
     limits = one.capabilities
     with contextlib.ExitStack() as stack:
-        with pytest.raises(OutOfMemory, match="512 MiB"):
+        with pytest.raises(OutOfMemory, match="536"):
             one.allocate(limits.hbm_bytes + 4096)
         with pytest.raises(OutOfMemory):
             one.allocate(limits.cluster_sram_bytes + 64, space=maia_rt.Space.cluster(0))
