@@ -224,6 +224,7 @@ def test_a_process_tells_of_its_devices_in_one_picture(devices):
         assert len(ours) == 1
         assert f"process {waiter.device.emulator_pid}" in ours[0]["device"]
         assert ours[0]["verdict"] == "unsignalled" and len(ours[0]["links"]) == 2
-        assert [one["verdict"] for one in told if one["device"] == third.name] == ["idle"]
+        # Devices of other tests of this process are there, too, and have the same name.
+        assert {one["verdict"] for one in told if one["device"] == third.name} == {"idle"}
         gate.add(1)
         waiter.synchronize()
