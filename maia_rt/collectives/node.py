@@ -19,6 +19,7 @@ class RankOperation(CommandOperation):
     member: Member
     listed: Listed
     text: str
+    _is_asked = True
 
     @property
     def noun(self) -> str:

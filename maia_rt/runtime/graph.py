@@ -107,7 +107,7 @@ class Graph:
         self._book, self._validator = device._addresses, device._validator
         # Of this device's; where nodes need other devices it is never up to date, and each launch compares `_all_seen`.
         self._seen = -1
-        self._all_seen = self._note_peers()
+        self._all_seen = self._note_needs()
         self._require_open_memory()
         self._counters: Buffer | None = None
         self._times: PinnedBlock | None = None
@@ -198,7 +198,7 @@ class Graph:
             for step, operation in zip(steps, operations, strict=True):
                 step.operation = operation
                 self._layout.encode_step(step, self._list.view(), self._list.iova, self._counters_at)
-            self._note_peers()
+            self._note_needs()
             # Another buffer may have been closed before; have the next launch look.
             self._seen = self._all_seen = -1
 
@@ -315,7 +315,7 @@ class Graph:
         self.device._require_open()
 
     def _require_open_memory(self) -> None:
-        for step in self._layout.steps:
+        for step in self._layout.steps if any(one.closed for one in self._needs) else self._asked:
             try:
                 step.operation._require_open()
             except ClosedError as error:
@@ -344,9 +344,13 @@ class Graph:
             self._all_seen = closings
         self._seen = -1 if self._peers else closings
 
-    def _note_peers(self) -> int:
-        """Remember which other devices' things nodes need; return what has been closed on all of them so far."""
-        self._peers = tuple(dict.fromkeys(peer for step in self._layout.steps for peer in step.operation._peers()))
+    def _note_needs(self) -> int:
+        """Remember what nodes need, and of which other devices; return what has been closed on all of them so far."""
+        steps = self._layout.steps
+        self._asked = [step for step in steps if step.operation._is_asked]
+        # Thousands of nodes often share a few buffers.
+        self._needs = list({id(one): one for step in steps for one in step.operation._needs()}.values())
+        self._peers = tuple(dict.fromkeys(peer for step in steps for peer in step.operation._peers()))
         return self._closings()
 
     def _closings(self) -> int:

@@ -54,6 +54,8 @@ class NodeOperation:
     device: Device
     _waits: ClassVar[bool] = False
     """Whether it may wait as long as it likes, for others than the graph's own nodes."""
+    _is_asked: ClassVar[bool] = False
+    """Whether it alone knows what it needs: `_require_open` is asked each time something has been closed."""
 
     def _peers(self) -> tuple[Device, ...]:
         """The other devices whose memory or semaphores it needs."""
@@ -62,6 +64,10 @@ class NodeOperation:
     def _uses(self) -> list[tuple[str, Memory]]:
         """Its memory, by the name of the argument."""
         return []
+
+    def _needs(self) -> list[Any]:
+        """What must be open, each with an attribute `closed`."""
+        return [memory for _, memory in self._uses()]
 
     def _accesses(self) -> tuple[list[Range], list[Range]]:
         """What it reads and what it writes."""
@@ -216,6 +222,9 @@ class LaunchOperation(CommandOperation):
         return [(f"argument {arg.name!r} of kernel {self.kernel.name!r}", memory)
                 for arg, memory in zip(self.kernel.args, self.args, strict=True) if isinstance(memory, Memory)]
 
+    def _needs(self) -> list[Any]:
+        return [self.kernel.program, *super()._needs()]
+
     def _accesses(self) -> tuple[list[Range], list[Range]]:
         return self.kernel.accesses(self.args)
 
@@ -290,6 +299,9 @@ class SemaphoreOperation(CommandOperation):
 
     semaphore: Semaphore
 
+    def _needs(self) -> list[Any]:
+        return [self.semaphore]
+
     def _require_open(self) -> None:
         self.semaphore._require_open()
 
@@ -351,7 +363,11 @@ class LoopOperation(NodeOperation):
             _check_source(self, self.memory)
             _check_condition(self.value, self.condition, self.mask)
 
+    def _needs(self) -> list[Any]:
+        return [] if self.memory is None else [self.memory]
+
     def _require_open(self) -> None:
+        super()._require_open()
         if isinstance(self.memory, Semaphore):
             self.memory._require_open()
 
@@ -385,7 +401,11 @@ class ConditionOperation(NodeOperation):
         _check_source(self, self.memory)
         _check_condition(self.value, self.condition, self.mask)
 
+    def _needs(self) -> list[Any]:
+        return [] if self.memory is None else [self.memory]
+
     def _require_open(self) -> None:
+        super()._require_open()
         if isinstance(self.memory, Semaphore):
             self.memory._require_open()
 

@@ -26,6 +26,7 @@ class PeerCopyOperation(CommandOperation):
 
     dst: Memory
     src: Memory
+    _is_asked = True
 
     def __post_init__(self) -> None:
         pull = isinstance(self.src, Memory) and self.src.device is not self.device
@@ -85,6 +86,7 @@ class PeerSignalOperation(CommandOperation):
     semaphore: Semaphore
     value: int = 1
     op: str = "add"
+    _is_asked = True
 
     def __post_init__(self) -> None:
         check.instance(self.semaphore, Semaphore, "a semaphore", "make one with device.create_semaphore()")
@@ -133,6 +135,7 @@ class Edge:
 class _EdgeOperation(CommandOperation):
     edge: Edge
     semaphore: Semaphore | None = None
+    _is_asked = True
 
     def changed(self, **_: Any) -> Self:
         """Refused."""

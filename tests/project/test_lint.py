@@ -74,6 +74,7 @@ LOOKED_AT_AND_KEPT = {
     "maia_rt/firmware.py",  # boot, events and every admin command by name; half are docstrings
     "maia_rt/kernels/builder.py",  # half of it is one short method for each macro-operation
     "maia_rt/runtime/device.py",  # what a device makes it also closes: in one place; half are docstrings
+    "maia_rt/runtime/graph_operation.py",  # one short class for each kind of node
     "maia_rt/runtime/stream.py",  # every command of a stream in one place; more than half are docstrings
     "maia_rt/queue.py",  # waits, repair and aborts share all of a queue's state
     "maia_rt/transport/wire.py",  # the protocol's every structure, in the specification's order

@@ -230,6 +230,38 @@ def test_a_launch_after_its_program_was_closed_is_refused(device, stream):
             graph.launch(stream)
 
 
+@pytest.mark.parametrize("kind", ["loop", "condition", "write", "signal"])
+def test_a_node_whose_word_or_semaphore_has_been_closed_is_refused_by_name(device, stream, words, kind):
+    buffer, _ = words
+    flag, semaphore = device.allocate(4), device.create_semaphore()
+    stream.write_value(flag, 0)
+    stream.synchronize()
+    builder = device.create_graph()
+    for number in range(20):
+        builder.write_value(buffer[:4], number)
+    if kind == "loop":
+        with builder.loop(while_=flag) as body:
+            body.write_value(flag, 0)
+    elif kind == "condition":
+        with builder.condition(flag) as body:
+            body.write_value(buffer[:4], 1)
+    elif kind == "write":
+        builder.write_value(flag, 1)
+    else:
+        builder.signal(semaphore)
+    with builder.instantiate() as graph:
+        graph.launch(stream)
+        stream.synchronize()
+        flag.close()
+        semaphore.close()
+        for _ in range(2):
+            with pytest.raises(ClosedError, match=r"made at .*test_graph\.py:\d+: .*closed"):
+                graph.launch(stream)
+        stream.fill(buffer, 0)
+        stream.synchronize()
+
+
+
 def test_a_buffer_that_a_replay_in_flight_uses_is_not_closed(device, stream, words):
     buffer, host = words
     with device.create_semaphore() as go:
