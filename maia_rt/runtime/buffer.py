@@ -58,6 +58,8 @@ class Memory(abc.ABC):
 
     _noun = "memory"
     readonly: bool = False
+    _fits: set[object] = set()  # noqa: RUF012 - nobody's until an instance gets one of its own
+    """The arguments of kernels that it has been found to fit."""
 
     def __init__(self, device: Device, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...],
                  root: Memory | None, steps: tuple[int, ...] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from maia_rt.runtime.buffer import Memory
 
 if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
+
+_MOST_KERNELS: Final = 64
+"""How many kernels' arguments a piece of memory is remembered to fit."""
 
 
 class Kernel:
@@ -82,36 +85,46 @@ class Kernel:
                                   hint=f"pass {names}")
         words: list[int | float] = []
         for check, arg in zip(self._checks, args, strict=True):
-            if check.scalar:
-                words.append(check.number(self, arg))
-                continue
-            if not isinstance(arg, Memory):
-                raise InvalidType(f"{check.where(self)} is {type(arg).__name__}, not a Buffer or HostBuffer",
-                                  hint="allocate device memory and copy the data there")
-            root = arg._root
-            if root._closed:
-                at = f", at {root._freed}" if root._freed else ""
-                raise ClosedError(f"{check.where(self)} has been closed{at}")
-            if root.device is not self.program.device:
-                raise InvalidArgument(f"{check.where(self)} belongs to another device")
-            if arg.dtype is None:
-                if arg.nbytes < check.nbytes:
-                    raise InvalidArgument(f"{check.where(self)} has {arg.nbytes} bytes, {check.nbytes} are needed")
-            elif arg.dtype != check.dtype or arg.shape != check.shape:
-                raise InvalidArgument(
-                    f"{check.where(self)} is {arg.dtype} {arg.shape}, not {check.dtype} {check.shape}",
-                    hint=check.hint)
-            if arg._strides is not None:
-                raise InvalidArgument(f"{check.where(self)} is a strided view {arg.shape} with strides {arg._strides}; "
-                                      "kernels take memory whose elements lie side by side",
-                                      hint="copy it to a buffer of its own with stream.copy, and pass that")
-            if check.writes and arg.readonly:
-                raise InvalidArgument(f"{check.where(self)} is read-only, and the kernel writes it")
-            if arg._address & check.misaligned:
-                raise InvalidArgument(f"{check.where(self)} is at {arg._address:#x}, not a multiple of "
-                                      f"{check.misaligned + 1}")
-            words.append(arg._address)
+            try:
+                # Most launches pass what earlier ones did: what was found good stays so, but for its life.
+                if check in arg._fits and not arg._root._closed:
+                    words.append(arg._address)
+                    continue
+            except AttributeError:
+                pass
+            words.append(check.number(self, arg) if check.scalar else self._address(check, arg))
         return tuple(words)
+
+    def _address(self, check: _Check, arg: Any) -> int:
+        """The device address of a buffer argument, once it is found to be what the kernel declares."""
+        if not isinstance(arg, Memory):
+            raise InvalidType(f"{check.where(self)} is {type(arg).__name__}, not a Buffer or HostBuffer",
+                              hint="allocate device memory and copy the data there")
+        root = arg._root
+        if root._closed:
+            at = f", at {root._freed}" if root._freed else ""
+            raise ClosedError(f"{check.where(self)} has been closed{at}")
+        if root.device is not self.program.device:
+            raise InvalidArgument(f"{check.where(self)} belongs to another device")
+        if arg.dtype is None:
+            if arg.nbytes < check.nbytes:
+                raise InvalidArgument(f"{check.where(self)} has {arg.nbytes} bytes, {check.nbytes} are needed")
+        elif arg.dtype != check.dtype or arg.shape != check.shape:
+            raise InvalidArgument(f"{check.where(self)} is {arg.dtype} {arg.shape}, not {check.dtype} {check.shape}",
+                                  hint=check.hint)
+        if arg._strides is not None:
+            raise InvalidArgument(f"{check.where(self)} is a strided view {arg.shape} with strides {arg._strides}; "
+                                  "kernels take memory whose elements lie side by side",
+                                  hint="copy it to a buffer of its own with stream.copy, and pass that")
+        if check.writes and arg.readonly:
+            raise InvalidArgument(f"{check.where(self)} is read-only, and the kernel writes it")
+        if arg._address & check.misaligned:
+            raise InvalidArgument(f"{check.where(self)} is at {arg._address:#x}, not a multiple of "
+                                  f"{check.misaligned + 1}")
+        if not 0 < len(arg._fits) < _MOST_KERNELS:
+            arg._fits = set()
+        arg._fits.add(check)
+        return arg._address
 
     def accesses(self, args: tuple[Any, ...]) -> tuple[list[tuple[int, int, Memory]], list[tuple[int, int, Memory]]]:
         """What a launch with these arguments, checked by :meth:`encode`, reads and writes: (address, bytes, memory)."""

@@ -139,3 +139,32 @@ def test_the_device_says_why_it_refuses_an_image(device):
     """Past the driver, which parses images too: the text is the firmware's."""
     with pytest.raises(ProgramError, match=r"program refused: header.crc32"):
         device._firmware.load_program(tiny_program.image(8)[:-1] + b"\1")
+
+
+def test_what_was_found_to_fit_is_checked_again_where_it_may_have_changed(device, stream, axpy):
+    with device.load(program.write([tiny_program.axpy(16, "small")])) as loaded, \
+            device.allocate(COUNT, np.float32) as kept:
+        stream.fill(kept, 0)
+        gone = device.allocate(COUNT, np.float32)
+        for _ in range(3):
+            stream.launch(axpy, kept, gone, gone, 1.0)
+        with pytest.raises(InvalidArgument, match=r"kernel 'small': argument 'x' is float32 \(1008,\)"):
+            stream.launch(loaded["small"], kept, kept, kept, 1.0)
+        with pytest.raises(InvalidArgument, match=r"argument 'x' is float32 \(16,\), not float32 \(1008,\)"):
+            stream.launch(axpy, kept[:16], kept, kept, 1.0)
+        stream.synchronize()
+        gone.close()
+        with pytest.raises(ClosedError, match="argument 'y' has been closed"):
+            stream.launch(axpy, kept, gone, gone, 1.0)
+        stream.launch(axpy, kept, kept, kept, 1.0)
+        assert not kept.copy_to_host(stream).any()
+
+
+def test_a_buffer_fits_the_arguments_of_any_number_of_kernels(device, stream):
+    image = program.write([tiny_program.axpy(8, f"axpy{number}") for number in range(30)])
+    with device.load(image) as loaded, device.allocate(8, np.float32) as memory:
+        for _ in range(2):
+            for kernel in loaded.values():
+                stream.launch(kernel, memory, memory, memory, 0.0)
+        stream.synchronize()
+        assert len(memory._fits) <= 64

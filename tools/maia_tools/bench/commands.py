@@ -18,24 +18,36 @@ from maia_tools.bench.subject import BURST, WAIT_NS, Subject
 
 BATCHES = (1, 8, 32, 128, 1024)
 ARGUMENTS = (0, 1, 4, 16)
-LAUNCHES = 64
-"""In one sample: few enough that argument slots do not run out."""
+LAUNCHES = 512
+"""In one sample: few enough that the ring has room for all, whose launches take longer than their submission."""
 ROUND_TRIPS = 300
 QUEUES = (1, 4, 16, 64)
+TURNS = 256
+"""Commands in one sample over many queues."""
 IDLE_SECONDS = 0.002
 NODES = (1, 10, 100, 1000, 10_000)
-REPLAYS = 8
+REPLAYS = 64
 PACKING = "struct.pack_into of 64 bytes"
 COPYING = "numpy copy of 64 bytes, one of {}"
 
 
-def submissions(subject: Subject) -> list[Measurement]:
-    """NOPs, one way and another; beside them, what it costs Python to write as many bytes anywhere."""
-    ring = subject.stream.queue.ring
-    encoded = Command.nop()
+def packing() -> Measurement:
+    """What it costs Python to write as many bytes as a command has anywhere."""
     room = bytearray(64)
     pack = struct.Struct("<16I").pack_into
     numbers = tuple(range(16))
+
+    def run() -> None:
+        for _ in range(BURST):
+            pack(room, 0, *numbers)
+
+    return Measurement(PACKING, BURST, run)
+
+
+def submissions(subject: Subject) -> list[Measurement]:
+    """NOPs, one way and another; beside batches, a numpy copy of as many bytes."""
+    ring = subject.stream.queue.ring
+    encoded = Command.nop()
 
     def single() -> None:
         submit = ring.submit
@@ -47,12 +59,7 @@ def submissions(subject: Subject) -> list[Measurement]:
         for _ in range(BURST):
             submit(encoded)
 
-    def packing() -> None:
-        for _ in range(BURST):
-            pack(room, 0, *numbers)
-
     found = [
-        Measurement(PACKING, BURST, packing),
         Measurement("submit, encoded on the way", BURST, single, subject.settle, reference=PACKING,
                     bar=Bar(plus_ns=300)),
         Measurement("submit, pre-encoded", BURST, preencoded, subject.settle, reference=PACKING,
@@ -146,7 +153,7 @@ def _graph(subject: Subject, count: int) -> list[Measurement]:
         for number in range(count):
             stream.write_value(word, number)
     graph = subject.stack.enter_context(capture.instantiate())
-    replays = REPLAYS if count <= 1000 else 1
+    replays = REPLAYS if count <= 1000 else 8
 
     def launching() -> None:
         for _ in range(replays):
@@ -203,17 +210,17 @@ def queues(subject: Subject) -> list[Measurement]:
     found = []
     streams = [subject.stream]
     for count in QUEUES:
-        if count > subject.device.capabilities.max_queues - 8:
+        if count > subject.device.capabilities.max_queues - 4:
             break
         while len(streams) < count:
-            streams.append(subject.stack.enter_context(subject.device.create_stream(entries=64)))
+            streams.append(subject.stack.enter_context(subject.device.create_stream(entries=4 * TURNS)))
         found.append(_by_turns(subject, streams[:count]))
     return found
 
 
 def _by_turns(subject: Subject, streams: list[object]) -> Measurement:
     rings = [stream.queue.ring for stream in streams]  # type: ignore[attr-defined]
-    rounds = BURST // len(rings)
+    rounds = TURNS // len(rings)
 
     def run() -> None:
         for _ in range(rounds):

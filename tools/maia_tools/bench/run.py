@@ -18,7 +18,7 @@ from maia_tools import selection
 from maia_tools.bench import commands, transfers
 from maia_tools.bench.measurement import Measurement
 from maia_tools.bench.reference import Echo, PingPong, echo, ping_pong
-from maia_tools.bench.subject import Subject, apart
+from maia_tools.bench.subject import BURST, Subject, apart
 
 GROUPS: dict[str, Callable[[Subject], list[Measurement]]] = {
     "submit": commands.submissions, "wait": commands.waits, "launch": commands.launches, "graph": commands.graphs,
@@ -30,7 +30,7 @@ IDLE_SECONDS = 0.002
 
 
 def references(game: PingPong, peer: Echo) -> list[Measurement]:
-    """What the machine itself takes to tell another process something and hear back."""
+    """What the machine itself takes to write a few bytes, and to tell another process something and hear back."""
 
     def begin() -> None:
         # The emulated device, which has just been busy, still watches its doorbells for a moment.
@@ -39,6 +39,7 @@ def references(game: PingPong, peer: Echo) -> list[Measurement]:
 
     trips, messages = commands.ROUND_TRIPS, transfers.MESSAGES
     return [
+        commands.packing(),
         Measurement("shared word, round trip", trips, lambda: game.round_trips(trips), begin, game.end),
         Measurement("socket, round trip", messages, lambda: peer.round_trips(messages)),
     ]
@@ -50,7 +51,7 @@ def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[st
 
     with ExitStack() as stack:
         device = stack.enter_context(maia_rt.open(selection.selector(selector)))
-        stream = stack.enter_context(device.create_stream())
+        stream = stack.enter_context(device.create_stream(entries=4 * BURST))
         others = stack.enter_context(apart(device))
         game, peer = stack.enter_context(ping_pong(others)), stack.enter_context(echo(others))
         subject = Subject(device, stream, stack)

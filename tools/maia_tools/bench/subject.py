@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from maia_rt.runtime.device import Device
     from maia_rt.runtime.stream import Stream
 
-BURST = 256
-"""Commands in one sample of a submission: they fit the ring, so that no sample waits for the device."""
+BURST = 2048
+"""Commands in one sample of a submission; a quarter of the ring, so that no sample waits for the device."""
 WAIT_NS = 10_000_000_000
 _SETTLE_SECONDS = 0.01
 
