@@ -181,7 +181,8 @@ class QueueTable:
             if not account.stopped & MOVE:
                 return
             place = self._places[lane._queue].refresh()
-            if place.holder in (None, account) and not (self._free and len(place.streams) > 1):
+            # Who has claimed a queue stays: its wait may be on the way there.
+            if place.holder is account or (place.holder is None and not (self._free and len(place.streams) > 1)):
                 account.go(MOVE)
                 return
             queue = place.queue

@@ -65,8 +65,7 @@ def test_every_fault_of_the_catalogue_is_raised_with_all_that_is_known_on_its_st
 
 
 def fills_that_fail(device, spec, count=40):
-    with device.create_stream() as stream:
-        buffer = device.allocate(64)
+    with device.create_stream() as stream, device.allocate(64) as buffer:
         injection = device.inject(f"{spec},opcodes=FILL")
         failed = []
         for number in range(count):

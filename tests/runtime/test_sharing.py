@@ -402,6 +402,25 @@ def test_faults_on_shared_queues_at_random_against_a_model(crowded, seed, record
     assert FaultCode.TRAP in set(crowded.faults()["code"]) or not any(down)
 
 
+def test_a_queue_that_comes_free_does_not_take_a_stream_off_the_one_it_has_claimed(streams, semaphore):
+    waiter = streams[-1]
+    first = next(stream for stream in streams if stream.queue is waiter.queue)
+    others = [stream for stream in streams if stream.queue is not waiter.queue]
+    begin = waiter._begin_unbounded
+
+    def begin_and_free_the_other_queue():
+        claim = begin()
+        for stream in others:
+            stream.close()
+        return claim
+
+    waiter._begin_unbounded = begin_and_free_the_other_queue
+    block(waiter, semaphore)
+    signal(first, semaphore)
+    waiter.synchronize(20)
+    assert first.queue is not waiter.queue
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_threads_with_faults_unbounded_waits_and_moves_at_random(crowded, seed, record_property):
     """Each thread has a stream and a row; it knows what must be there, whatever the others go through."""
