@@ -278,13 +278,14 @@ class QueuePair:
 
     def quiet(self, sequence: int) -> bool:
         """Say whether the device is done with everything up to `sequence`, whatever became of it."""
-        if self.ring.closed:
-            return True
-        status = self.ring.wait(sequence, 0)
-        if status == WAIT_STOPPED:
-            with contextlib.suppress(MaiaError):
-                self.repair()
+        try:
             status = self.ring.wait(sequence, 0)
+            if status == WAIT_STOPPED:
+                with contextlib.suppress(MaiaError):
+                    self.repair()
+                status = self.ring.wait(sequence, 0)
+        except ClosedError:  # by another thread, or long ago
+            return True
         return status == WAIT_DONE
 
     # --- faults ------------------------------------------------------------------------------------------------------

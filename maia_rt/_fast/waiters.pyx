@@ -83,6 +83,11 @@ cdef class Waiters:
         self.wake = wake
         self.service = service
         self.on_event = on_event
+        # One wait at a time never makes another: it cannot fail for want of a descriptor.
+        self.spares[0] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.spares[0] < 0:
+            raise OSError(errno, "eventfd")
+        self.spare_count = 1
 
     def __dealloc__(self):
         Waiters_close_spares(self)

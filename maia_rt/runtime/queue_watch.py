@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable
@@ -83,7 +84,8 @@ class QueueWatch:
 
     def look(self) -> None:
         """Tell those whose commands are done."""
-        self._watch.serve()
+        with contextlib.suppress(MaiaError):  # the device is gone and cannot be woken: check() tells
+            self._watch.serve()
         for number, (sequence, heard) in list(self._waits.items()):
             try:
                 if not is_done(self.queue, sequence):
@@ -119,4 +121,5 @@ class QueueWatch:
 
     def _arm(self) -> None:
         if self.fds:
-            self._watch.want(min((sequence for sequence, _ in self._waits.values()), default=None))
+            with contextlib.suppress(MaiaError):
+                self._watch.want(min((sequence for sequence, _ in self._waits.values()), default=None))

@@ -11,6 +11,7 @@ import pytest
 
 from maia_rt.contract.commands import Opcode
 from maia_rt.errors import ClosedError, DeviceFault, DeviceLost, DeviceTimeout, InvalidArgument, InvalidType
+from maia_rt.runtime.queue_watch import QueueWatch
 from tests.helpers.stopwatch import promptly
 
 SOON = 1.0
@@ -284,6 +285,36 @@ def test_who_awaits_hears_within_a_second_that_the_device_is_gone(embedded):
         promptly(start, SOON)
 
     run(main())
+
+
+@pytest.mark.emulator_process
+def test_who_waits_for_a_device_that_died_in_its_sleep_is_told_once(embedded):
+    stream, gate = embedded.create_stream(), embedded.create_semaphore()
+    stream.wait(gate, 1)
+    queue, sequence = stream._mark()
+    watch = QueueWatch(queue)
+    time.sleep(0.3)
+    os.kill(embedded.emulator_pid, signal.SIGKILL)
+    os.waitid(os.P_PID, embedded.emulator_pid, os.WEXITED | os.WNOWAIT)
+    told = []
+    watch.add(sequence, told.append)        # has to wake the device, which cannot be
+    watch.look()
+    assert not told
+    watch.check()
+    watch.check()
+    assert [type(error) for error in told] == [DeviceLost]
+    watch.close()
+
+
+def test_a_wait_that_sleeps_makes_no_descriptor(attached, gate):
+    with attached.create_stream() as stream:
+        fds = held_fds()
+        stream.wait(gate, 1)
+        with pytest.raises(DeviceTimeout):
+            stream.synchronize(0.05)
+        assert held_fds() == fds
+        gate.set(1)
+        stream.synchronize()
 
 
 def test_wrong_times_are_refused(attached):

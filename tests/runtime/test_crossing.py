@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -236,6 +237,14 @@ def test_a_device_that_is_closed_is_told_to_its_waiters(pair):
         with pytest.raises(PeerFault):
             waiter.synchronize()
         waiter.recover()
+
+
+def test_a_queue_that_another_thread_closes_at_the_same_moment_is_quiet(embedded, monkeypatch):
+    stream = embedded.create_stream()
+    queue, sequence = stream._mark()
+    embedded.close()
+    monkeypatch.setattr(queue, "ring", types.SimpleNamespace(closed=False, wait=queue.ring.wait))
+    assert queue.quiet(sequence)
 
 
 def test_a_waiter_that_is_closed_leaves_the_other_device_whole(pair):
