@@ -70,12 +70,17 @@ class Memory(abc.ABC):
         # In bytes; None where the elements lie side by side.
         self._strides = steps
         self._address = address
-        self._root = root or self
+        self._parent = root     # of a view; nothing refers to itself, so what is dropped is given back at once
         self._closed = False
         self._freed: Place | None = None
         self._made = here() if root is None else None
         if root is None and device._validator is not None:
             device._validator.forget(address, nbytes)
+
+    @property
+    def _root(self) -> Memory:
+        """The buffer that this is a view of, or this."""
+        return self if self._parent is None else self._parent
 
     @property
     def closed(self) -> bool:
@@ -175,7 +180,7 @@ class Memory(abc.ABC):
             Commands that are not done use it; the text names one. The memory stays open: wait for the stream, or
             free it in the stream's order with :meth:`maia_rt.Stream.free`.
         """
-        if self._root is self and not self._closed:
+        if self._parent is None and not self._closed:
             if not self.device.closed:
                 self._refuse_in_use()
             self._hand_over()
@@ -215,12 +220,12 @@ class Memory(abc.ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.close()
-        elif self._root is self:
+        elif self._parent is None:
             # What went wrong inside the block is the news; its commands may well be under way still.
             self._hand_over()
 
     def __del__(self) -> None:
-        if getattr(self, "_root", None) is self and not self._closed:
+        if getattr(self, "_parent", self) is None and not self._closed:
             self._closed = True
             if not self.device.closed:
                 warnings.warn(f"a {self._noun} of {self.nbytes} bytes was not closed"

@@ -416,7 +416,7 @@ def free(stream: Stream, memory: Memory) -> None:
     """Serve :meth:`maia_rt.Stream.free`."""
     stream._require_own(memory, "what is freed")
     stream._require_open()
-    if memory._root is not memory:
+    if memory._parent is not None:
         raise InvalidArgument(f"{memory!r} is a view, which is not freed", hint="free the buffer that it is a view of")
     address = memory.address  # raises where it was freed before
     if stream.device._validator is not None:

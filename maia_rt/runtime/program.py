@@ -87,7 +87,7 @@ class Kernel:
         for check, arg in zip(self._checks, args, strict=True):
             try:
                 # Most launches pass what earlier ones did: what was found good stays so, but for its life.
-                if check in arg._fits and not arg._root._closed:
+                if check in arg._fits and not (arg if arg._parent is None else arg._parent)._closed:
                     words.append(arg._address)
                     continue
             except AttributeError:

@@ -385,7 +385,7 @@ def test_a_doorbell_that_goes_back_ends_a_list_with_what_it_has_in_flight(bare, 
 
 def test_an_earlier_launch_that_fails_leaves_the_list_behind_it_where_it_is(bare, busy):
     queue = bare.queue()
-    failing = queue.put(c.LAUNCH, Opcode.LAUNCH, **busy[1])
+    failing = queue.put(c.LAUNCH, Opcode.LAUNCH, **busy[2])
     put(bare, queue, launch(busy[0], post=[(FREE, PostOp.ADD, 1)]), count(FREE + 1), always(0))
     until(lambda: bare.semaphores[FREE + 1] >= 1)
     bare.engine.abort(queue.id, failing)
@@ -401,7 +401,7 @@ def test_an_earlier_launch_that_fails_leaves_the_list_behind_it_where_it_is(bare
 
 def test_a_list_that_fails_before_an_earlier_launch_does_has_its_report_too(bare, busy):
     queue = bare.queue()
-    earlier = queue.put(c.LAUNCH, Opcode.LAUNCH, **busy[1])
+    earlier = queue.put(c.LAUNCH, Opcode.LAUNCH, **busy[2])
     later = put(bare, queue, launch(busy[1]), trap(), options=CONCURRENT)
     time.sleep(0.003)
     bare.engine.abort(queue.id, earlier)

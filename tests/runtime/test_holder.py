@@ -76,8 +76,8 @@ def test_an_open_that_fails_leaves_no_holder(tmp_path, selector):
     with pytest.raises(maia_rt.errors.InvalidArgument):
         maia_rt.open(selector, timeout=-1)
     assert holder_of(selector) is None
-    with maia_rt.open(selector) as device:
-        assert np.array_equal(device.upload(np.arange(9)).copy_to_host(), np.arange(9))
+    with maia_rt.open(selector) as device, device.upload(np.arange(9)) as nine:
+        assert np.array_equal(nine.copy_to_host(), np.arange(9))
 
 
 def test_a_record_that_makes_no_sense_harms_nobody(selector, monkeypatch, tmp_path):

@@ -100,6 +100,7 @@ def test_a_delay_makes_a_command_start_later(device, streams):
     assert not done
     stream.synchronize()
     assert time.monotonic() - began > 0.06
+    buffer.close()
 
 
 def test_a_launch_that_hangs_is_an_engine_hang_after_the_watchdogs_time(device, streams):
@@ -117,9 +118,9 @@ def test_a_launch_that_hangs_is_an_engine_hang_after_the_watchdogs_time(device, 
 
 
 def test_a_command_that_hangs_runs_for_all_that_the_device_says_and_goes_on_when_it_is_let(device, streams):
-    stream = streams[0]
+    stream, buffer = streams[0], device.allocate(64)
     device.inject("hang:opcodes=FILL")
-    stream.fill(device.allocate(64), 1)
+    stream.fill(buffer, 1)
     queue = stream.queue.id
 
     def stage():
@@ -129,6 +130,7 @@ def test_a_command_that_hangs_runs_for_all_that_the_device_says_and_goes_on_when
     eventually(lambda: stage() == QueueStage.RUNNING)
     assert device.clear_injections() == 1
     stream.synchronize()
+    buffer.close()
 
 
 def test_corrupt_flips_one_bit_of_a_copy(device, stream):
@@ -141,13 +143,15 @@ def test_corrupt_flips_one_bit_of_a_copy(device, stream):
     stream.copy(result, buffer)
     stream.synchronize()
     assert not result.any()
+    buffer.close()
 
 
 def test_a_reset_of_the_device_disarms_all(device):
     device.inject("fault:code=ECC,times=0")
     device.reset()
-    with device.create_stream() as stream:
-        stream.fill(device.allocate(64), 1)
+    with device.create_stream() as stream, device.allocate(64) as buffer:
+        stream.fill(buffer, 1)
+        stream.synchronize()
 
 
 # --- the whole device ------------------------------------------------------------------------------------------------
@@ -240,10 +244,11 @@ def test_what_is_no_injection_is_refused_and_the_next_one_works(device, stream):
         with pytest.raises(error):
             device.inject(bad)
     device.inject("fault:code=TRAP,opcodes=FILL")
-    stream.fill(device.allocate(64), 1)
-    with pytest.raises(DeviceFault):
-        stream.synchronize()
-    stream.recover()
+    with device.allocate(64) as buffer:
+        stream.fill(buffer, 1)
+        with pytest.raises(DeviceFault):
+            stream.synchronize()
+        stream.recover()
 
 
 def test_more_than_there_is_room_for_is_refused(device):

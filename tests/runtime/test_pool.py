@@ -187,8 +187,9 @@ def test_the_default_pool_serves_and_is_closed_with_the_device(device, stream):
 
 def test_a_reset_empties_pools(device, pool):
     with device.create_stream() as stream:
-        stream.allocate(1000, pool=pool)
+        lost = stream.allocate(1000, pool=pool)
         device.reset()
+        assert lost.closed
     assert pool.statistics().reserved == 0
     with device.create_stream() as stream:
         buffer = stream.allocate(1000, pool=pool)

@@ -102,6 +102,7 @@ def test_wrong_spaces_and_multicasts_are_refused(device, stream):
 
 
 def test_a_reset_frees_sram(device):
-    device.allocate(64, space=Space.tile(0))
+    buffer = device.allocate(64, space=Space.tile(0))
     device.reset()
+    assert buffer.closed
     assert device.memory(Space.tile(0)).used == 0

@@ -45,13 +45,15 @@ class Completed:
 class TestRun:
     """A run of pytest in the guest: the tests by outcome, as ``file::name``, and what was printed.
 
-    `transports` counts the tests that passed by the transport they say they ran on.
+    `transports` counts the tests that passed by the transport they say they ran on; `reasons` has what pytest said of
+    those that did not pass.
     """
 
     passed: list[str]
     failed: list[str]
     skipped: list[str]
     transports: Counter
+    reasons: dict[str, str]
     output: str
     seconds: float
 
@@ -217,14 +219,18 @@ class Guest:
         if report.returncode or done.returncode not in (0, 1):
             raise GuestError(f"pytest in the guest ended with {done.returncode}:\n{done.output}\n{self.report()}")
         outcomes = {"passed": [], "failed": [], "skipped": []}
-        transports = Counter()
+        transports, reasons = Counter(), {}
         for case in ElementTree.fromstring(report.output).iter("testcase"):
             kinds = {child.tag for child in case}
             kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-            outcomes[kind].append(f"{case.get('file') or case.get('classname')}::{case.get('name')}")
+            name = f"{case.get('file') or case.get('classname')}::{case.get('name')}"
+            outcomes[kind].append(name)
+            for child in case:
+                if child.tag in ("failure", "error", "skipped"):
+                    reasons[name] = child.text or child.get("message", "")
             if kind == "passed":
                 transports.update(p.get("value") for p in case.iter("property") if p.get("name") == "transport")
-        return TestRun(**outcomes, transports=transports, output=done.output, seconds=seconds)
+        return TestRun(**outcomes, transports=transports, reasons=reasons, output=done.output, seconds=seconds)
 
     # --- the machine -------------------------------------------------------------------------------------------------
 
