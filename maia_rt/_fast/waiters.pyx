@@ -89,6 +89,15 @@ cdef class Waiters:
             raise OSError(errno, "eventfd")
         self.spare_count = 1
 
+    @property
+    def spin_ns(self):
+        """How long a wait spins at most before it sleeps. Settable."""
+        return self.spin_ns
+
+    @spin_ns.setter
+    def spin_ns(self, int64_t nanoseconds):
+        self.spin_ns = self.spin_budget_ns = nanoseconds
+
     def __dealloc__(self):
         Waiters_close_spares(self)
         pthread_mutex_destroy(&self.mutex)

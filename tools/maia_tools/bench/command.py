@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from maia_tools.bench import compare, plots
-from maia_tools.bench.run import GROUPS, measure
+from maia_tools.bench.run import GROUPS, UNASKED, measure
 from maia_tools.options import device_option, json_option
 from maia_tools.output import print_json, print_table
 
@@ -18,7 +18,8 @@ HEADER = ("what", "this run", "reference of this run", "takes", "ratio", "bar", 
 
 @click.command()
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1, 1000), help="Samples of each.")
-@click.option("--only", "groups", multiple=True, type=click.Choice(list(GROUPS)), help="One group only; repeatable.")
+@click.option("--only", "groups", multiple=True, type=click.Choice(list(GROUPS)),
+              help="One group only; repeatable. Without: all but large and neighbours.")
 @click.option("--compare", "base", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Compare with an earlier --json; exit with 1 where something became slower.")
 @click.option("--threshold", default=1.3, show_default=True, type=click.FloatRange(1.0),
@@ -32,7 +33,7 @@ def bench(context: click.Context, rounds: int, groups: tuple[str, ...], base: Pa
           folder: Path | None, device: str | None, as_json: bool) -> None:
     """Time submissions, waits, launches, graphs, events, copies and registers, beside what the machine itself takes."""
     before = None if base is None else compare.load(base)
-    data = measure(device, rounds, [name for name in GROUPS if name in groups or not groups])
+    data = measure(device, rounds, [name for name in GROUPS if name in (groups or UNASKED)])
     slower: list[compare.Change] = []
     if before is not None:
         both = compare.changes(before, data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,17 +17,24 @@ from maia_rt.kernels.builder import KernelBuilder
 from maia_tools.bench.measurement import Bar, Measurement, each
 from maia_tools.bench.subject import BURST, WAIT_NS, Subject
 
+if TYPE_CHECKING:
+    from maia_rt.runtime.stream import Stream
+
 BATCHES = (1, 8, 32, 128, 1024)
-ARGUMENTS = (0, 1, 4, 16)
+ARGUMENTS = (0, 1, 2, 4, 16)
 LAUNCHES = 512
 """In one sample: few enough that the ring has room for all, whose launches take longer than their submission."""
 ROUND_TRIPS = 300
+MESSAGES = 100
+"""Of what takes longer."""
+LATE_BYTES = 256 << 10
+"""Copied, they keep a device busy for longer than it takes to go to sleep in a wait."""
 QUEUES = (1, 4, 16, 64)
 TURNS = 256
 """Commands in one sample over many queues."""
 IDLE_SECONDS = 0.002
-NODES = (1, 10, 100, 1000, 10_000)
-REPLAYS = 64
+NODES = {1: 512, 10: 512, 100: 256, 1000: 64, 10_000: 8}
+"""And launches in one sample: enough to have the caches warm."""
 PACKING = "struct.pack_into of 64 bytes"
 COPYING = "numpy copy of 64 bytes, one of {}"
 
@@ -95,8 +103,20 @@ def _batches(subject: Subject, size: int) -> list[Measurement]:
 
 
 def waits(subject: Subject) -> list[Measurement]:
-    """Submit and wait, with a device that is awake, and with one that has gone to sleep."""
-    ring = subject.stream.queue.ring
+    """Submit and wait: by looking, by interrupt, and with a device that has gone to sleep."""
+    device, ring = subject.device, subject.stream.queue.ring
+    source, target = (subject.stack.enter_context(device.allocate(LATE_BYTES)) for _ in range(2))
+    looking, sleeping = (subject.stack.enter_context(device.create_stream()) for _ in range(2))
+    # One looks until it is done, the other arms the queue's vector and sleeps at once.
+    looking.queue.ring.waiters.spin_ns, sleeping.queue.ring.waiters.spin_ns = WAIT_NS, 0
+
+    def late(stream: Stream) -> Callable[[], None]:
+        def run() -> None:
+            stream.copy(target, source)
+            stream.synchronize()
+        return run
+
+    polled = "submit and wait, a copy of 256 KiB, polled"
 
     def once() -> None:
         ring.wait(ring.submit(1, 0, 0, 0, 0, 0), WAIT_NS)
@@ -108,6 +128,9 @@ def waits(subject: Subject) -> list[Measurement]:
     return [
         Measurement("submit and wait, NOP", ROUND_TRIPS, lambda: each(ROUND_TRIPS, once), subject.settle,
                     reference="shared word, round trip", bar=Bar(2, 500)),
+        Measurement(polled, MESSAGES, lambda: each(MESSAGES, late(looking)), subject.settle),
+        Measurement("submit and wait, a copy of 256 KiB, by interrupt", MESSAGES,
+                    lambda: each(MESSAGES, late(sleeping)), subject.settle, reference=polled),
         Measurement("submit and wait, NOP, after 2 ms of rest", 1, lambda: each(1, once), asleep,
                     reference="socket, round trip"),
     ]
@@ -115,10 +138,10 @@ def waits(subject: Subject) -> list[Measurement]:
 
 def launches(subject: Subject) -> list[Measurement]:
     """Submitting launches of a kernel that does next to nothing, by number of arguments."""
-    return [_launch(subject, count) for count in ARGUMENTS]
+    return [measurement for count in ARGUMENTS for measurement in _launch(subject, count)]
 
 
-def _launch(subject: Subject, count: int) -> Measurement:
+def _launch(subject: Subject, count: int) -> list[Measurement]:
     device, stream = subject.device, subject.stream
     builder = KernelBuilder(f"of_{count}", device.capabilities.program)
     for number in range(count):
@@ -134,26 +157,33 @@ def _launch(subject: Subject, count: int) -> Measurement:
         for _ in range(LAUNCHES):
             launch(kernel, *buffers)
 
-    return Measurement(f"launch, {count} arguments", LAUNCHES, run, subject.settle, stream.synchronize,
-                       reference=PACKING, series=("launch by arguments", count))
+    def done() -> None:
+        stream.launch(kernel, *buffers)
+        stream.synchronize()
+
+    found = [Measurement(f"launch, {count} arguments", LAUNCHES, run, subject.settle, stream.synchronize,
+                         reference=PACKING, series=("launch by arguments", count))]
+    if not count:
+        found.append(Measurement("launch, 0 arguments, and wait", MESSAGES, lambda: each(MESSAGES, done),
+                                 subject.settle, reference="shared word, round trip"))
+    return found
 
 
 def graphs(subject: Subject) -> list[Measurement]:
     """Launching a graph of so many nodes, on the host's side, and until it is done."""
     found: list[Measurement] = []
-    for count in NODES:
-        found += _graph(subject, count)
+    for count, replays in NODES.items():
+        found += _graph(subject, count, replays)
     return found
 
 
-def _graph(subject: Subject, count: int) -> list[Measurement]:
+def _graph(subject: Subject, count: int, replays: int) -> list[Measurement]:
     device, stream = subject.device, subject.stream
     word = subject.stack.enter_context(device.allocate(4))
     with stream.capture() as capture:
         for number in range(count):
             stream.write_value(word, number)
     graph = subject.stack.enter_context(capture.instantiate())
-    replays = REPLAYS if count <= 1000 else 8
 
     def launching() -> None:
         for _ in range(replays):

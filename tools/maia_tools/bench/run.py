@@ -17,15 +17,20 @@ import click
 from maia_tools import selection
 from maia_tools.bench import commands, transfers
 from maia_tools.bench.measurement import Measurement
+from maia_tools.bench.model import model
+from maia_tools.bench.neighbours import neighbours
+from maia_tools.bench.peers import peers
 from maia_tools.bench.reference import Echo, PingPong, echo, ping_pong
-from maia_tools.bench.subject import BURST, Subject, apart
+from maia_tools.bench.subject import BURST, Cores, Subject
 
 GROUPS: dict[str, Callable[[Subject], list[Measurement]]] = {
     "submit": commands.submissions, "wait": commands.waits, "launch": commands.launches, "graph": commands.graphs,
     "events": commands.events, "queues": commands.queues, "registers": transfers.registers,
-    "copies": transfers.copies,
+    "copies": transfers.copies, "peers": peers, "model": model, "large": transfers.large, "neighbours": neighbours,
 }
 """What can be asked for by name."""
+UNASKED = [name for name in GROUPS if name not in ("large", "neighbours")]
+"""What is measured when nothing is asked for."""
 IDLE_SECONDS = 0.002
 
 
@@ -52,11 +57,17 @@ def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[st
     with ExitStack() as stack:
         device = stack.enter_context(maia_rt.open(selection.selector(selector)))
         stream = stack.enter_context(device.create_stream(entries=4 * BURST))
-        others = stack.enter_context(apart(device))
-        game, peer = stack.enter_context(ping_pong(others)), stack.enter_context(echo(others))
-        subject = Subject(device, stream, stack)
-        by_group = {name: GROUPS[name](subject) for name in groups}
-        found = references(game, peer) + [m for some in by_group.values() for m in some]
+        cores = Cores()
+        stack.callback(cores.mix)
+        cores.add(device)
+        game, peer = stack.enter_context(ping_pong(cores.others)), stack.enter_context(echo(cores.others))
+        subject = Subject(device, stream, stack, cores)
+        # Groups share references.
+        named = {m.name: m for m in references(game, peer)}
+        for group in groups:
+            named |= {m.name: m for m in GROUPS[group](subject) if m.name not in named}
+        found = list(named.values())
+        cores.part()
         # One unseen round warms caches, pages and pools.
         with click.progressbar(range(rounds + 1), label="measuring", file=click.get_text_stream("stderr"),
                                hidden=not os.isatty(2)) as numbers:
@@ -70,10 +81,10 @@ def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[st
         return {
             "device": {"name": device.name, "model": identity.model, "firmware": identity.firmware,
                        "emulated": device.capabilities.emulated},
-            "host": {"cores": len(os.sched_getaffinity(0)) + len(others), "machine": platform.machine(),
+            "host": {"cores": len(cores.all), "machine": platform.machine(),
                      "processor": processor(), "python": platform.python_version(), "kernel": platform.release()},
             "rounds": rounds,
-            "pinned": bool(others),
+            "pinned": bool(cores.others),
             "results": [m.data(medians) for m in found],
         }
 

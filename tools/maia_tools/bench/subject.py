@@ -1,11 +1,10 @@
-"""What is measured: a device that is kept awake, apart from the program on a core of its own."""
+"""What is measured: a device that is kept awake, and the cores that both sides run on."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from maia_rt.contract.commands import Opcode
@@ -28,12 +27,14 @@ class Subject:
     device : Device
     stream : Stream
     stack : ExitStack
+    cores : Cores
     """
 
-    def __init__(self, device: Device, stream: Stream, stack: ExitStack) -> None:
+    def __init__(self, device: Device, stream: Stream, stack: ExitStack, cores: Cores) -> None:
         self.device = device
         self.stream = stream
         self.stack = stack
+        self.cores = cores
 
     def settle(self) -> None:
         """Keep the device busy until it is awake and both sides have their caches warm."""
@@ -44,23 +45,39 @@ class Subject:
             ring.wait(ring.submit(Opcode.NOP, 0, 0, 0, 0, 0), WAIT_NS)
 
 
-@contextmanager
-def apart(device: Device) -> Iterator[list[int]]:
-    """Run this thread on one core and an embedded emulator on the others, while the context lasts.
+class Cores:
+    """Which cores the program and embedded emulators run on.
 
     Left alone on few cores, the kernel may keep both ends of a short exchange on one of them, where they take turns
-    instead of working side by side. Yields the cores of the other side; empty where there is but one.
+    instead of working side by side.
+
+    Attributes
+    ----------
+    all, others : list of int
+        Those of this process; those of the other side while they are apart, empty where there is but one core.
     """
-    mine = os.sched_getaffinity(0)
-    first, *others = sorted(mine)
-    if not others:
-        yield []
-        return
-    os.sched_setaffinity(0, {first})
-    try:
-        if device.emulator_pid is not None:
-            for thread in os.listdir(f"/proc/{device.emulator_pid}/task"):
-                os.sched_setaffinity(int(thread), set(others))
-        yield others
-    finally:
-        os.sched_setaffinity(0, mine)
+
+    def __init__(self) -> None:
+        self.all = sorted(os.sched_getaffinity(0))
+        self.others = self.all[1:]
+        self._devices: list[Device] = []
+
+    def add(self, device: Device) -> None:
+        """Have a device's emulator, if it is embedded, run where the other side does."""
+        self._devices.append(device)
+
+    def part(self) -> None:
+        """Run this thread on the first core, and the emulators on the others."""
+        if self.others:
+            self._set(self.all[:1], self.others)
+
+    def mix(self) -> None:
+        """Let everything run everywhere."""
+        self._set(self.all, self.all)
+
+    def _set(self, here: list[int], there: list[int]) -> None:
+        os.sched_setaffinity(0, here)
+        for device in self._devices:
+            if not device.closed and device.emulator_pid is not None:
+                for thread in os.listdir(f"/proc/{device.emulator_pid}/task"):
+                    os.sched_setaffinity(int(thread), there)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
 import numpy as np
 
 from maia_rt.contract.registers import Bar0
@@ -12,7 +13,8 @@ from maia_tools.bench.reference import Memcpy
 from maia_tools.bench.subject import Subject
 from maia_tools.output import bytes_text
 
-COPY_SIZES = (8, 64, 1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+COPY_SIZES = (8, 64, 1 << 10, 4 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+LARGE_SIZES = (256 << 20, 1 << 30)
 BAR_FROM = 1 << 20
 """The size from which a copy is to be as fast as memcpy."""
 MESSAGES = 100
@@ -26,20 +28,25 @@ def copies(subject: Subject) -> list[Measurement]:
     return found + _strided(subject)
 
 
+def large(subject: Subject) -> list[Measurement]:
+    """Sizes that need gigabytes on both sides, as far as the device has room for two of each."""
+    found: list[Measurement] = []
+    for size in LARGE_SIZES:
+        if subject.device.memory().free < 2 * size:
+            click.echo(f"copies of {bytes_text(size)} are left out: the device has no room for two", err=True)
+            break
+        found += _copies(subject, size)
+    return found
+
+
 def _copies(subject: Subject, size: int) -> list[Measurement]:
     device, stack, text = subject.device, subject.stack, bytes_text(size)
     buffer, other = (stack.enter_context(device.allocate(size)) for _ in range(2))
     pinned = stack.enter_context(device.allocate_host(size))
     plain = np.ones(size, np.uint8)
     pinned.array[:] = 1
-    count = max(1, min(64, (1 << 20) // size))
-    memcpy = Memcpy(size)
-
-    def run_memcpy() -> None:
-        for _ in range(count):
-            memcpy.copy()
-
-    found = [Measurement(f"memcpy {text}", count, run_memcpy, nbytes=size, series=("memcpy", size))]
+    count = _count(size)
+    found = [memcpy(size)]
     for name, dst, src in (
         ("host to device, plain", buffer, plain), ("device to host, plain", plain, buffer),
         ("host to device, pinned", buffer, pinned), ("device to host, pinned", pinned, buffer),
@@ -47,6 +54,21 @@ def _copies(subject: Subject, size: int) -> list[Measurement]:
     ):
         found.append(_copy(subject, f"copy {text} {name}", name, dst, src, size, count))
     return found
+
+
+def memcpy(size: int) -> Measurement:
+    """What the machine itself takes to copy so many bytes."""
+    both, count = Memcpy(size), _count(size)
+
+    def run() -> None:
+        for _ in range(count):
+            both.copy()
+
+    return Measurement(f"memcpy {bytes_text(size)}", count, run, nbytes=size, series=("memcpy", size))
+
+
+def _count(size: int) -> int:
+    return max(1, min(64, (1 << 20) // size))
 
 
 def _copy(subject: Subject, name: str, line: str, dst: Any, src: Any, size: int, count: int) -> Measurement:
