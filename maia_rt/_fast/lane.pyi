@@ -2,6 +2,8 @@ from typing import Any
 
 from maia_rt._fast.ring import Account, Ring
 
+def known_words(kernel: Any, checks: list[Any], args: tuple[Any, ...]) -> tuple[int | float, ...] | None: ...
+
 class Lane:
     _account: Account
     _queue: Any

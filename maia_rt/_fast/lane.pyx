@@ -144,6 +144,42 @@ cdef class Lane:
         self._account.stopped &= ~why
 
 
+def known_words(kernel, list checks not None, tuple args not None):
+    """Encode the arguments of a launch that are all known to fit.
+
+    Parameters
+    ----------
+    kernel : maia_rt.Kernel
+    checks : list
+        Of the kernel, one an argument.
+    args : tuple
+        What is passed.
+
+    Returns
+    -------
+    tuple of int or float, or None
+        None where one of them is to be looked at.
+    """
+    cdef Py_ssize_t index, count = len(checks)
+    if len(args) != count:
+        return None
+    cdef list words = []
+    cdef set fits
+    for index in range(count):
+        check, arg = checks[index], args[index]
+        if check.scalar:
+            words.append(check.number(kernel, arg))
+            continue
+        try:
+            parent, fits = arg._parent, arg._fits
+            if check not in fits or (arg if parent is None else parent)._closed:
+                return None
+        except AttributeError:
+            return None
+        words.append(arg._address)
+    return tuple(words)
+
+
 cdef command_t *Lane_slot(Lane self) except NULL:
     """The slot of the stream's next command. From here to the doorbell the GIL is held."""
     cdef Ring ring

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from maia_rt._fast.lane import known_words
 from maia_rt.contract.dtype import MX_DTYPES
 from maia_rt.contract.program import NUMPY_DTYPES, Arg, ArgKind, Image, KernelImage, read, write
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, KernelNotFound
@@ -61,7 +62,7 @@ class Kernel:
         ClosedError
             The program has been closed.
         """
-        if self.program.closed:
+        if self.program._closed:
             raise ClosedError(f"kernel {self.name!r}: its program has been closed")
         return self._handle
 
@@ -77,23 +78,18 @@ class Kernel:
         ClosedError
             A buffer or the program has been closed.
         """
-        if self.program.closed:
+        if self.program._closed:
             raise ClosedError(f"kernel {self.name!r}: its program has been closed")
+        # Most launches pass what earlier ones did: what was found good stays so, but for its life.
+        known = known_words(self, self._checks, args)
+        if known is not None:
+            return known
         if len(args) != len(self._checks):
             names = ", ".join(arg.name for arg in self.args)
             raise InvalidArgument(f"kernel {self.name!r} takes {len(self._checks)} arguments, not {len(args)}",
                                   hint=f"pass {names}")
-        words: list[int | float] = []
-        for check, arg in zip(self._checks, args, strict=True):
-            try:
-                # Most launches pass what earlier ones did: what was found good stays so, but for its life.
-                if check in arg._fits and not (arg if arg._parent is None else arg._parent)._closed:
-                    words.append(arg._address)
-                    continue
-            except AttributeError:
-                pass
-            words.append(check.number(self, arg) if check.scalar else self._address(check, arg))
-        return tuple(words)
+        return tuple([check.number(self, arg) if check.scalar else self._address(check, arg)
+                      for check, arg in zip(self._checks, args, strict=True)])
 
     def _address(self, check: _Check, arg: Any) -> int:
         """The device address of a buffer argument, once it is found to be what the kernel declares."""

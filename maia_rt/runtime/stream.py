@@ -282,17 +282,18 @@ class Stream(Lane):
             return
         if type(kernel) is not Kernel:
             check.instance(kernel, Kernel, "what is launched", "take it from a loaded program")
-        words = kernel.encode(args)
-        if kernel.program.device is not self.device:
+        words, device = kernel.encode(args), self.device
+        if kernel.program.device is not device:
             raise InvalidArgument(f"kernel {kernel.name!r} is loaded on another device")
-        clusters = check.integer(clusters, "a mask of clusters", 0, (1 << self.device.capabilities.clusters) - 1)
-        if self.clusters and clusters & ~self.clusters:
-            raise InvalidArgument(f"clusters {clusters:#x} are not all among the stream's, {self.clusters:#x}")
+        if clusters or type(clusters) is not int:
+            clusters = check.integer(clusters, "a mask of clusters", 0, (1 << device.capabilities.clusters) - 1)
+            if self.clusters and clusters & ~self.clusters:
+                raise InvalidArgument(f"clusters {clusters:#x} are not all among the stream's, {self.clusters:#x}")
         clusters = clusters or self.clusters
-        if self.device._spaces.tiles:
-            self.device._spaces.check_launch(kernel, clusters, self.device._settle)
-        if self.device._validator is not None:
-            self.device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
+        if device._spaces.tiles:
+            device._spaces.check_launch(kernel, clusters, device._settle)
+        if device._validator is not None:
+            device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
         self._launch(kernel.handle, clusters, words)
 
     def record(self, event: Event | None = None, *, timing: bool = False) -> Event:
