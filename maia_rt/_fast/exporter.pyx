@@ -5,9 +5,11 @@ from cpython.buffer cimport Py_buffer, PyObject_GetBuffer
 from cpython.ref cimport Py_DECREF
 from libc.string cimport memcpy
 
+from maia_rt._fast.extent cimport Extent
 
-cdef class BufferExporter:
-    """A base class: whoever asks for the buffer gets that of attribute ``array``.
+
+cdef class BufferExporter(Extent):
+    """A base class of memory: whoever asks for the buffer gets that of attribute ``array``.
 
     Raises
     ------

@@ -11,6 +11,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from maia_rt._fast.commands cimport FLAG_BARRIER, FLAG_REPORT, OPCODE_LAUNCH, command_t
+from maia_rt._fast.extent cimport Extent
 from maia_rt._fast.ring cimport (
     Account, Ring, Ring_arguments, Ring_ask_report, Ring_check_arguments, Ring_encode, Ring_prepare, Ring_publish,
     Ring_semaphores,
@@ -164,19 +165,18 @@ def known_words(kernel, list checks not None, tuple args not None):
     if len(args) != count:
         return None
     cdef list words = []
-    cdef set fits
+    cdef Extent memory
     for index in range(count):
         check, arg = checks[index], args[index]
-        if check.scalar:
-            words.append(check.number(kernel, arg))
-            continue
-        try:
-            parent, fits = arg._parent, arg._fits
-            if check not in fits or (arg if parent is None else parent)._closed:
+        if isinstance(arg, Extent):
+            memory = <Extent>arg
+            if check not in memory._fits or (memory if memory._parent is None else memory._parent)._closed:
                 return None
-        except AttributeError:
+            words.append(memory._address)
+        elif check.scalar:
+            words.append(check.number(kernel, arg))
+        else:
             return None
-        words.append(arg._address)
     return tuple(words)
 
 

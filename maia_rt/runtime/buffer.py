@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from maia_rt._fast.extent import Extent
 from maia_rt.errors import BufferInUse, ClosedError, InvalidArgument, InvalidType, OutOfMemory, Unsupported
 from maia_rt.memory.space import Space
 from maia_rt.observe.place import Place, here
@@ -37,7 +38,7 @@ class Home(Protocol):
         """Take it back; the device is done with it. Finalizers may call this."""
 
 
-class Memory(abc.ABC):
+class Memory(Extent, abc.ABC):
     """A piece of memory with a device address: the root of :class:`Buffer` and :class:`HostBuffer`.
 
     Indexing gives views of the same memory, as numpy's basic indexing does: ``x[3]``, ``x[a:b, ::2]``, ``x[..., 0]``.
@@ -58,8 +59,6 @@ class Memory(abc.ABC):
 
     _noun = "memory"
     readonly: bool = False
-    _fits: set[object] = set()  # noqa: RUF012 - nobody's until an instance gets one of its own
-    """The arguments of kernels that it has been found to fit."""
 
     def __init__(self, device: Device, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...],
                  root: Memory | None, steps: tuple[int, ...] | None = None) -> None:
@@ -80,7 +79,8 @@ class Memory(abc.ABC):
     @property
     def _root(self) -> Memory:
         """The buffer that this is a view of, or this."""
-        return self if self._parent is None else self._parent
+        parent: Memory | None = self._parent
+        return self if parent is None else parent
 
     @property
     def closed(self) -> bool:
@@ -225,7 +225,7 @@ class Memory(abc.ABC):
             self._hand_over()
 
     def __del__(self) -> None:
-        if getattr(self, "_parent", self) is None and not self._closed:
+        if self._parent is None and not self._closed:
             self._closed = True
             if not self.device.closed:
                 warnings.warn(f"a {self._noun} of {self.nbytes} bytes was not closed"

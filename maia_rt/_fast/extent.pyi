@@ -1,0 +1,7 @@
+from typing import Any
+
+class Extent:
+    _address: int
+    _parent: Any
+    _closed: bool
+    _fits: set[object]
