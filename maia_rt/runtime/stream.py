@@ -294,7 +294,7 @@ class Stream(Lane):
             device._spaces.check_launch(kernel, clusters, device._settle)
         if device._validator is not None:
             device._validator.command(self, f"launch of {kernel.name}", *kernel.accesses(args))
-        self._launch(kernel.handle, clusters, words)
+        self._launch(kernel._handle, clusters, words)
 
     def record(self, event: Event | None = None, *, timing: bool = False) -> Event:
         """Mark this moment: the event is done when everything submitted so far is.
