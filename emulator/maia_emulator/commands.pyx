@@ -280,13 +280,13 @@ cdef uint32_t copy_rows(DeviceMemory memory, uint64_t descriptor, work_t *work, 
 cdef uint32_t fill(DeviceMemory memory, fill_command_t *command, work_t *work, context_t *context, traffic_t *traffic,
                    bint *finished, uint64_t *bad) noexcept nogil:
     cdef char pattern[4096]
-    cdef uint64_t piece = 0, size
+    cdef uint64_t piece = 0, size, used = min(command.size - work.done, <uint64_t> sizeof(pattern))
     cdef uint32_t i, fault
     cdef uint16_t half = <uint16_t> command.pattern
     if command.width == 1:
-        memset(pattern, command.pattern & 0xff, sizeof(pattern))
+        memset(pattern, command.pattern & 0xff, used)
     else:
-        for i in range(sizeof(pattern) // 4):
+        for i in range(<uint32_t> (used + 3) // 4):
             memcpy(&pattern[4 * i], &command.pattern, 4)
             if command.width == 2:
                 memcpy(&pattern[4 * i], &half, 2)
