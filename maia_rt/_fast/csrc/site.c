@@ -10,6 +10,8 @@
 #define MAIA_BARE_FRAMES 1
 #define Py_BUILD_CORE 1
 #include "internal/pycore_frame.h"
+#elif PY_VERSION_HEX < 0x030B0000
+#include <frameobject.h>    /* not of Python.h there */
 #endif
 
 static int is_below(PyCodeObject *code, PyObject *prefix)
