@@ -38,7 +38,7 @@ def table(counts, kept):
                 was, whose = before.get((build, path, unit), (None, None))
                 change = "" if was is None or was == now else f" ({baseline.more(was, now)})"
                 cells.append(f"{now:9g} {unit}{change}{'' if whose in (None, build) else ' *'}")
-            print(f"  {path:38}" + " ".join(f"{cell:32}" for cell in cells).rstrip())
+            print(f"  {path:40}" + " ".join(f"{cell:32}" for cell in cells).rstrip())
     if any(whose not in (None, build) for (build, _, _), (_, whose) in before.items()):
         print("* compared with another build's")
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from maia_rt._fast.command import Command
-from maia_rt._fast.lane import Lane
+from maia_rt._fast.extent import Extent
+from maia_rt._fast.lane import Lane, known_words
 from maia_rt._fast.ring import Account
 from maia_rt._fast.words import SharedWords
 from maia_rt.contract import commands as c
@@ -64,6 +65,7 @@ def driver_paths(stack):
         "stream: one command with a wait": (lambda: lane._submit(Opcode.COPY, payload=payload, pre=pre), ()),
         "stream: mark": (lane._mark, ()),
         **{f"stream: launch, {count} arguments": (lane._launch, (1, 1, args)) for count, args in arguments.items()},
+        "stream: arguments of a launch, 16 known": (known_words, (None, *known(16))),
         "read a mapped register": (words.read32, (64,)),
         "write a mapped register": (words.write32, (64, 1)),
     }
@@ -77,6 +79,15 @@ def driver_paths(stack):
     paths = {name: (repeated(call, args), TIMES, 1) for name, (call, args) in found.items()}
     paths[f"submit, batch of {len(batch)}, each"] = repeated(ring.submit_batch, (batch,)), BATCHES, len(batch)
     return paths
+
+
+def known(count):
+    """The checks of a kernel's arguments, and memory that has been found to pass them."""
+    checks = [object() for _ in range(count)]
+    arguments = tuple(Extent() for _ in range(count))
+    for number, (check, argument) in enumerate(zip(checks, arguments, strict=True)):
+        argument._address, argument._closed, argument._fits = (1 << 48) + number, False, {check}
+    return checks, arguments
 
 
 def device_paths(stack):
