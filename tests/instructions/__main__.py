@@ -22,7 +22,8 @@ def main():
         baseline.save(baseline.accept(counts, kept))
         return 0
     found = baseline.regressions(counts, kept)
-    print(*found, *([baseline.ADVICE] if found else []), sep="\n", file=sys.stderr)
+    if found:
+        print(*found, baseline.ADVICE, sep="\n", file=sys.stderr)
     return 1 if found else 0
 
 
