@@ -13,6 +13,8 @@ if os.environ.get("MAIA_WERROR"):
 if os.environ.get("MAIA_SANITIZE"):
     compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     link_args += ["-fsanitize=address,undefined"]
+# More of them, which have the last word.
+compile_args += os.environ.get("MAIA_CFLAGS", "").split()
 
 CSRC = "emulator/maia_emulator/csrc"
 # The C beside a .pyx, by the extension's last name, and what its loops need to become vector code.
