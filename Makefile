@@ -23,10 +23,12 @@ demo: $(VENV)/.installed-demo $(VENV)/.built
 test: $(VENV)/.installed-test $(VENV)/.built
 	$(BIN)/python -m pytest $(BESIDE) --durations=25 --durations-min=5 $(ARGS)
 
-# Twenty times as many random programs as `make test` runs, and ten times as many killed ones; half an hour on two cores.
+# Twenty times as many random programs as `make test` runs, ten times as many killed ones, a hundred times as many commands:
+# most of an hour on two cores.
 soak: $(VENV)/.installed-test $(VENV)/.built
 	MAIA_MODEL_SEQUENCES=20000 $(BIN)/python -m pytest tests/runtime/test_model.py $(ARGS)
 	MAIA_KILL_ROUNDS=200 $(BIN)/python -m pytest tests/share/test_share.py -k killed $(ARGS)
+	MAIA_GROWTH_COMMANDS=10000000 $(BIN)/python -m pytest tests/runtime/test_growth.py $(ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.built
 	$(BIN)/python -m pytest tests/project/test_lint.py

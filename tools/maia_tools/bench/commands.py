@@ -29,9 +29,6 @@ MESSAGES = 100
 """Of what takes longer."""
 LATE_BYTES = 256 << 10
 """Copied, they keep a device busy for longer than it takes to go to sleep in a wait."""
-QUEUES = (1, 4, 16, 64)
-TURNS = 256
-"""Commands in one sample over many queues."""
 IDLE_SECONDS = 0.002
 NODES = {1: 512, 10: 512, 100: 256, 1000: 64, 10_000: 8}
 """And launches in one sample: enough to have the caches warm."""
@@ -233,30 +230,3 @@ def events(subject: Subject) -> list[Measurement]:
         ("allocate 4 KiB and close it", allocate),
         ("allocate 4 KiB in stream order and free it", allocate_in_order),
     )]
-
-
-def queues(subject: Subject) -> list[Measurement]:
-    """Submitting to many queues by turns, and waiting for all of them: a command's share."""
-    found = []
-    streams = [subject.stream]
-    for count in QUEUES:
-        if count > subject.device.capabilities.max_queues - 4:
-            break
-        while len(streams) < count:
-            streams.append(subject.stack.enter_context(subject.device.create_stream(entries=4 * TURNS)))
-        found.append(_by_turns(subject, streams[:count]))
-    return found
-
-
-def _by_turns(subject: Subject, streams: list[object]) -> Measurement:
-    rings = [stream.queue.ring for stream in streams]  # type: ignore[attr-defined]
-    rounds = TURNS // len(rings)
-
-    def run() -> None:
-        for _ in range(rounds):
-            last = [(ring, ring.submit(1, 0, 0, 0, 0, 0)) for ring in rings]
-        for ring, sequence in last:
-            ring.wait(sequence, WAIT_NS)
-
-    return Measurement(f"submit by turns to {len(rings)} queues and wait, a command", rounds * len(rings), run,
-                       subject.settle, reference=PACKING, series=("by queues", len(rings)))

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from maia_tools import selection
-from maia_tools.bench import commands, transfers
+from maia_tools.bench import commands, scaling, transfers
 from maia_tools.bench.measurement import Measurement
 from maia_tools.bench.model import model
 from maia_tools.bench.neighbours import neighbours
@@ -25,7 +25,7 @@ from maia_tools.bench.subject import BURST, Cores, Subject
 
 GROUPS: dict[str, Callable[[Subject], list[Measurement]]] = {
     "submit": commands.submissions, "wait": commands.waits, "launch": commands.launches, "graph": commands.graphs,
-    "events": commands.events, "queues": commands.queues, "registers": transfers.registers,
+    "events": commands.events, "queues": scaling.queues, "flight": scaling.in_flight, "registers": transfers.registers,
     "copies": transfers.copies, "peers": peers, "model": model, "large": transfers.large, "neighbours": neighbours,
 }
 """What can be asked for by name."""
