@@ -58,6 +58,8 @@ CLOSED: Final = 4
 _NONE, _STARTED, _SETTLED = range(3)
 
 _LOSSES: Final = 256
+_MOST_UNTAKEN: Final = 256
+"""How many timings are asked for before the reports that have come are looked at, whether anybody wants them or not."""
 _LONGEST_REPAIR: Final = 2.0
 
 
@@ -149,6 +151,7 @@ class QueuePair:
         self._blocks: list[PinnedBlock] = []
         self.accounts: dict[int, Account] = {}
         self._describe = describe
+        self._untaken = 0       # timings since reports were looked at
         self._timings: weakref.WeakValueDictionary[int, Timing] = weakref.WeakValueDictionary()
         self._reports = threading.Lock()
         self._repairing = threading.Lock()
@@ -195,11 +198,16 @@ class QueuePair:
         with self._reports:
             sequence = submit()
             timing = self._timings[sequence] = Timing()
+            self._untaken += 1
+            many = self._untaken >= _MOST_UNTAKEN
+        if many:  # a program may time events and never ask
+            self.take_timings()
         return sequence, timing
 
     def take_timings(self) -> None:
         """Read the report records that have come and fill in the timings that are still wanted."""
         with self._reports:
+            self._untaken = 0
             for sequence, start_ns, end_ns, status, _ in self.ring.take_reports():
                 timing = self._timings.pop(sequence, None)
                 if timing is not None and not status:

@@ -47,14 +47,14 @@ def test_commands_leave_nothing_behind(embedded):
                 stream.fill(buffer, 1)
         with capture.instantiate() as graph:
             def work(commands):
-                for _ in range(commands // 20):
+                for _ in range(commands // 25):
                     for _ in range(5):
                         stream.launch(program["axpy"], x, x, x, 0.0)
                         other.fill(buffer, 3)
+                        stream.record(timing=True)
                     graph.launch(stream)
                     other.wait(stream.record())
                     stream.signal(word)
-                    stream.record(timing=True)
                     stream.copy(buffer, pinned)
                     other.copy(plain, buffer)
                     stream.free(stream.allocate(256))
