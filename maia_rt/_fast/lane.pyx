@@ -10,7 +10,7 @@ import os
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from maia_rt._fast.commands cimport FLAG_BARRIER, FLAG_REPORT, OPCODE_LAUNCH, command_t
+from maia_rt._fast.commands cimport FLAG_BARRIER, FLAG_REPORT, OPCODE_INDIRECT, OPCODE_LAUNCH, command_t
 from maia_rt._fast.extent cimport Extent
 from maia_rt._fast.ring cimport (
     Account, Ring, Ring_arguments, Ring_ask_report, Ring_check_arguments, Ring_encode, Ring_prepare, Ring_publish,
@@ -22,6 +22,43 @@ from maia_rt._fast.ring import QueueStopped
 
 cdef str _package = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 cdef tuple _no_payload = (0, 0, 0)
+
+
+cdef class Replay:
+    """What the launch of a graph consists of while nothing about it changes. Its two payloads are used by turns.
+
+    Parameters
+    ----------
+    locked : callable
+        Says whether somebody changes the graph at the moment.
+    note : callable
+        Told of each launch: (queue, sequence number, which payload).
+
+    Attributes
+    ----------
+    account : Account or None
+        Of the stream that launched it last.
+    plain : bool
+        Whether a launch on that stream is one command and nothing else.
+    slot : int
+        Which payload is next, 0 or 1.
+    """
+
+    cdef public Account account
+    cdef public bint plain
+    cdef public int slot
+    cdef uint64_t payloads[2][3]
+    cdef object locked, note
+
+    def __init__(self, locked, note):
+        self.locked = locked
+        self.note = note
+
+    def set(self, payloads):
+        """Launch with these from now on: twice three ints."""
+        for slot in range(2):
+            for word in range(3):
+                self.payloads[slot][word] = payloads[slot][word]
 
 
 cdef class Lane:
@@ -103,6 +140,28 @@ cdef class Lane:
         Ring_encode(slot, OPCODE_LAUNCH, FLAG_BARRIER, units, kernel | <uint64_t>len(args) << 32,
                     Ring_arguments(self._ring, args), 0)
         return Lane_publish(self, slot)
+
+    def _launch_again(self, Replay replay not None):
+        """Launch a graph as it was launched before. False where that takes more than one command and its doorbell.
+
+        The GIL is held all the while, so nobody sees half of it.
+        """
+        cdef Ring ring = self._ring
+        cdef command_t *slot
+        cdef int which = replay.slot
+        cdef uint64_t head = ring.head
+        # Made first: nothing after the look around may call the collector, which may let other threads in.
+        cdef tuple mark = (self._queue, head + 1, which)
+        if (not replay.plain or replay.account is not self._account or self._account.stopped or replay.slot != which
+                or self._ring is not ring or ring.gate or ring.head != head or head == ring.limit or replay.locked()):
+            return False
+        slot = &ring.slots[ring.head & ring.mask]
+        Ring_encode(slot, OPCODE_INDIRECT, FLAG_BARRIER, 0, replay.payloads[which][0], replay.payloads[which][1],
+                    replay.payloads[which][2])
+        replay.slot = which ^ 1
+        Lane_publish(self, slot)
+        replay.note(mark)
+        return True
 
     def _mark(self):
         """Return where the stream is: its queue, and the sequence number of its newest command there."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from maia_rt._fast.lane import Replay
 from maia_rt._fast.ring import Account
 from maia_rt.contract.commands import COMMAND_BYTES, LISTED_TIMES, ListOption, Opcode
 from maia_rt.errors import ClosedError, InvalidArgument, InvalidType, MaiaError, Unsupported
@@ -23,11 +24,7 @@ from maia_rt.runtime.event import Event
 from maia_rt.runtime.graph_builder import GraphBuilder
 from maia_rt.runtime.graph_layout import Layout, Step
 from maia_rt.runtime.graph_node import GraphNode
-from maia_rt.runtime.graph_operation import (
-    LaunchOperation,
-    LoopOperation,
-    Operation,
-)
+from maia_rt.runtime.graph_operation import LoopOperation, Operation, require_same_room
 
 if TYPE_CHECKING:
     from maia_rt.runtime.buffer import Buffer, Memory
@@ -99,10 +96,9 @@ class Graph:
         self._options = ListOption.CONCURRENT if self._timed else 0
         self._programs: tuple[Program, ...] = ()
         # Of the newest launch; and by number of the stream, the newest replays on others that may still run.
-        self._account: Account | None = None
         self._others: dict[int, tuple[QueuePair, int]] = {}
         self._runs: deque[tuple[QueuePair, int, int]] = deque(maxlen=_REMEMBERED)
-        self._slot = 0
+        self._replay = Replay(self._lock.locked, self._runs.append)
         self._accesses: tuple[list[Any], list[Any]] | None = None
         self._book, self._validator = device._addresses, device._validator
         # Of this device's; where nodes need other devices it is never up to date, and each launch compares `_all_seen`.
@@ -155,12 +151,16 @@ class Graph:
         if (stream.device is not self.device or stream._capture is not None or self._closed
                 or self._seen != self._book.closings or self._validator is not None) and not self._prepare(stream):
             return
+        if stream._launch_again(self._replay):
+            return
         with self._lock:
-            if account is not self._account or self._others:
+            self._require_open()  # it may have been closed meanwhile
+            replay = self._replay
+            if account is not replay.account or self._others:
                 self._follow(stream, account)
-            slot = self._slot
+            slot = replay.slot
             stream._submit(_INDIRECT, payload=self._payloads[slot], unbounded=self._unbounded)
-            self._slot = slot ^ 1
+            replay.slot = slot ^ 1
             self._runs.append((*stream._mark(), slot))
 
     def update(self, node: GraphNode, **changes: Any) -> None:
@@ -190,7 +190,7 @@ class Graph:
                 raise InvalidArgument(f"{node!r} is no node of {self!r}")
             operations = [step.operation.changed(**changes) for step in steps]
             for step, operation in zip(steps, operations, strict=True):
-                _require_same_room(step.operation, operation)
+                require_same_room(step.operation, operation)
             if not self._quiet():
                 self._copy_list()
             assert self._list is not None
@@ -278,7 +278,7 @@ class Graph:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._replay.plain = True, False
             self.device._graphs.discard(self)
             if not self.device._forked:
                 self._free()
@@ -358,9 +358,10 @@ class Graph:
 
     def _follow(self, stream: Stream, account: Account) -> None:
         """Have a stream wait for the replays on others, until they are done."""
-        if self._account is not None and self._account is not account and self._runs:
-            self._others[self._account.number] = self._runs[-1][:2]
-        self._account = account
+        last = self._replay.account
+        if last is not None and last is not account and self._runs:
+            self._others[last.number] = self._runs[-1][:2]
+        self._replay.account = account
         for number, (queue, sequence) in list(self._others.items()):
             if number == account.number or queue.quiet(sequence):
                 del self._others[number]
@@ -368,6 +369,7 @@ class Graph:
                 event = Event(self.device)
                 event._queue, event._sequence = queue, sequence
                 stream.wait(event)
+        self._replay.plain = not self._others and not self._unbounded
 
     def _quiet(self) -> bool:
         marks = [*self._others.values(), *(run[:2] for run in list(self._runs)[-1:])]
@@ -394,6 +396,7 @@ class Graph:
         times = [0, 0] if self._times is None else [
             self._times.iova + slot * self.count * LISTED_TIMES.itemsize for slot in (0, 1)]
         self._payloads = [(self._list.iova, self.count | self._options << 32, at) for at in times]
+        self._replay.set(self._payloads)
 
     @property
     def _counters_at(self) -> int:
@@ -409,7 +412,7 @@ class Graph:
 
     def _stopped(self) -> None:
         """Close with a device that no longer runs."""
-        self._closed = True
+        self._closed, self._replay.plain = True, False
         for block in (self._list, self._times):
             if block is not None:
                 block.free()
@@ -438,10 +441,3 @@ def _succeeded(queue: QueuePair, sequence: int) -> bool:
         return queue.done(sequence)
     except MaiaError:
         return False
-
-
-def _require_same_room(old: Operation, new: Operation) -> None:
-    if (isinstance(old, LaunchOperation) and isinstance(new, LaunchOperation)
-            and len(old._listed().pointed) != len(new._listed().pointed)):
-        raise InvalidArgument("another kernel of the node has to take as many arguments",
-                              hint="instantiate the graph anew")

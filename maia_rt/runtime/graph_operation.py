@@ -460,3 +460,11 @@ _NOUNS: Final[dict[type, str]] = {
 }
 SAVED: Final = frozenset(_NOUNS.values())
 """The nouns that a graph's file knows."""
+
+
+def require_same_room(old: Operation, new: Operation) -> None:
+    """Refuse to put an operation in the place of one that needs less or more room in the list."""
+    if (isinstance(old, LaunchOperation) and isinstance(new, LaunchOperation)
+            and len(old._listed().pointed) != len(new._listed().pointed)):
+        raise InvalidArgument("another kernel of the node has to take as many arguments",
+                              hint="instantiate the graph anew")

@@ -1,5 +1,7 @@
 """Graphs built by hand: order, replays, updates, times, stale addresses, faults, and what wrong nodes get."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -410,3 +412,31 @@ def test_conditions_and_loops_look_at_semaphores_and_go_through_files(device, st
             builder.condition(flag)
         graph.close()
         loaded.close()
+
+
+def test_threads_launch_one_graph_on_one_stream_and_others_while_it_is_updated(device):
+    with (device.create_stream() as here, device.create_stream() as there, device.create_semaphore() as launched,
+          device.upload(np.zeros(1, np.uint32)) as word):
+        with here.capture() as capture:
+            here.write_value(word, 1)
+            here.signal(launched)
+        with capture.instantiate() as graph:
+            def launch(stream):
+                for _ in range(100):
+                    graph.launch(stream)
+
+            def update():
+                for value in range(20):
+                    graph.update(graph.nodes[0], value=value)
+
+            threads = [threading.Thread(target=launch, args=(stream,)) for stream in (here, here, there)]
+            threads.append(threading.Thread(target=update))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            graph.launch(here)
+            here.synchronize()
+            there.synchronize()
+            assert launched.value == 301
+            assert word.copy_to_host(here)[0] == 19
