@@ -71,6 +71,9 @@ def find_use(queues: Iterable[QueuePair], start: int, end: int, find: Find, list
         if queue.closed:
             continue
         try:
+            ring = queue.ring
+            if ring.poll() == ring.head and not ring.stopped:
+                continue  # most queues have nothing outstanding
             # Where one stream's fault stopped it, the others' commands go on.
             queue.repair()
             found = look(queue)
