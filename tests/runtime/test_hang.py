@@ -337,8 +337,8 @@ def test_a_word_of_memory_and_who_writes_it(device, streams, release):
     with device.allocate_host(1, np.uint32) as word:
         word.array[:] = 3
         first.wait_value(word, 7, condition="eq")
+        assert eventually(lambda: device.hang_report().verdict is HangVerdict.UNSIGNALLED), "the device comes to it"
         report = device.hang_report()
-        assert report.verdict is HangVerdict.UNSIGNALLED
         assert (f"waits for the word at {word.address:#x} == 7, which is 3; nobody that is submitted will ever write"
                 in report.sentence)
         block(second, FIRST)
