@@ -60,6 +60,10 @@ cdef class Replay:
             for word in range(3):
                 self.payloads[slot][word] = payloads[slot][word]
 
+    def payload(self):
+        """The one that is next."""
+        return self.payloads[self.slot][0], self.payloads[self.slot][1], self.payloads[self.slot][2]
+
 
 cdef class Lane:
     """The base of :class:`maia_rt.Stream`.

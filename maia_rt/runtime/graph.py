@@ -95,7 +95,7 @@ class Graph:
         self._timed = capabilities.list_options
         self._options = ListOption.CONCURRENT if self._timed else 0
         self._programs: tuple[Program, ...] = ()
-        # Of the newest launch; and by number of the stream, the newest replays on others that may still run.
+        # By number of the stream: the newest replays on others than the last one's that may still run.
         self._others: dict[int, tuple[QueuePair, int]] = {}
         self._runs: deque[tuple[QueuePair, int, int]] = deque(maxlen=_REMEMBERED)
         self._replay = Replay(self._lock.locked, self._runs.append)
@@ -159,7 +159,7 @@ class Graph:
             if account is not replay.account or self._others:
                 self._follow(stream, account)
             slot = replay.slot
-            stream._submit(_INDIRECT, payload=self._payloads[slot], unbounded=self._unbounded)
+            stream._submit(_INDIRECT, payload=replay.payload(), unbounded=self._unbounded)
             replay.slot = slot ^ 1
             self._runs.append((*stream._mark(), slot))
 
@@ -395,8 +395,7 @@ class Graph:
         assert self._list is not None
         times = [0, 0] if self._times is None else [
             self._times.iova + slot * self.count * LISTED_TIMES.itemsize for slot in (0, 1)]
-        self._payloads = [(self._list.iova, self.count | self._options << 32, at) for at in times]
-        self._replay.set(self._payloads)
+        self._replay.set([(self._list.iova, self.count | self._options << 32, at) for at in times])
 
     @property
     def _counters_at(self) -> int:

@@ -45,8 +45,12 @@ def _ask(process: subprocess.Popen[str], index: int) -> npt.NDArray[np.float64]:
     """One sample of a neighbour's item, in nanoseconds."""
     assert process.stdin is not None
     assert process.stdout is not None
-    print(index, file=process.stdin, flush=True)
-    return np.array([float(process.stdout.readline())])
+    with suppress(BrokenPipeError):
+        print(index, file=process.stdin, flush=True)
+    told = process.stdout.readline()
+    if not told:
+        raise click.ClickException(f"a neighbour ended in the middle, {process.args!r}: leave out --only neighbours")
+    return np.array([float(told)])
 
 
 def _end(process: subprocess.Popen[str]) -> None:

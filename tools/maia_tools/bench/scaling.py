@@ -15,7 +15,7 @@ QUEUES = (1, 4, 16, 32, 64)
 TURNS = 1024
 """Commands in one sample over many queues."""
 IN_FLIGHT = (1, 64, 1024, 16_384, 65_023)
-"""Outstanding before a sample begins, which has as many more as make it 65,535."""
+"""Outstanding before a sample begins; its own make the last one 65,535."""
 BURST = 512
 ENTRIES = 1 << 15
 """The longest stream."""
