@@ -50,11 +50,14 @@ class Loss:
     sequences : iterable of int
     facts : dict
         About the fault, as `DeviceFault` takes them.
+    at_close : bool
+        Whether they never ran because their queue was closed.
     """
 
-    def __init__(self, sequences: Iterable[int], facts: dict[str, Any]) -> None:
+    def __init__(self, sequences: Iterable[int], facts: dict[str, Any], *, at_close: bool = False) -> None:
         found = sorted(sequences)
         self.facts = facts
+        self.at_close = at_close
         # Without gaps, as on a queue that one stream has for itself, a range says it all.
         whole = bool(found) and found[-1] - found[0] + 1 == len(found)
         self._sequences = range(found[0], found[-1] + 1) if whole else frozenset(found)

@@ -215,13 +215,21 @@ class QueuePair:
 
     # --- waiting -----------------------------------------------------------------------------------------------------
 
-    def done(self, sequence: int) -> bool:
+    def done(self, sequence: int, *, waiting: bool = False) -> bool:
         """Say whether the command `sequence` is done.
+
+        Parameters
+        ----------
+        sequence : int
+        waiting : bool
+            Whether somebody is in a wait for it, that the close of the queue ends.
 
         Raises
         ------
         DeviceFault
-            It failed, or never ran because one before it failed.
+            It failed, or never ran because one before it failed or the queue was closed.
+        ClosedError
+            The same of the close, where somebody is waiting.
         """
         ring = self.ring
         if not ring.closed and not ring.done(sequence):
@@ -230,10 +238,10 @@ class QueuePair:
             else:
                 self._port.look()
             if self._losses:
-                self.check(sequence)
+                self.check(sequence, waiting=waiting)
             return ring.closed or ring.done(sequence)
         if self._losses:
-            self.check(sequence)
+            self.check(sequence, waiting=waiting)
         return True
 
     def wait(self, sequence: int, timeout: float | None = None) -> None:
@@ -263,11 +271,11 @@ class QueuePair:
         while True:
             status = ring.wait(sequence, int(min(left, SLICE_SECONDS) * 1e9))
             if status == WAIT_CLOSED:
-                raise ClosedError(f"{ring.name} was closed during a wait")
+                raise self._ended()
             if status == WAIT_STOPPED:
                 self.repair()
             if self._losses:
-                self.check(sequence)
+                self.check(sequence, waiting=True)
             if status == WAIT_DONE:
                 return
             if status == WAIT_LOST:
@@ -361,7 +369,8 @@ class QueuePair:
         self._ask_for_aborts()
         return bool(lost)
 
-    def _charge(self, lost: list[tuple[int, bytes, Any, int]], facts: dict[str, Any], failed: int | None) -> None:
+    def _charge(self, lost: list[tuple[int, bytes, Any, int]], facts: dict[str, Any], failed: int | None,
+                *, at_close: bool = False) -> None:
         """Note what was lost: here, by sequence number, and on the accounts of the streams, which stand still then."""
         by_owner: dict[int, list[LostCommand]] = {}
         for sequence, raw, site, owner in lost:
@@ -374,7 +383,7 @@ class QueuePair:
             if account is not None:
                 found = charge(account, facts, commands, failed)
                 account.stop(FAILED)
-            self._losses.append(Loss((command.sequence for command in commands), found))
+            self._losses.append(Loss((command.sequence for command in commands), found, at_close=at_close))
 
     # --- aborts ------------------------------------------------------------------------------------------------------
 
@@ -424,11 +433,14 @@ class QueuePair:
         """Return ``file:line`` that submitted a command, empty where it is not known."""
         return describe(self.ring.site(sequence))
 
-    def check(self, sequence: int) -> None:
-        """Raise the DeviceFault that the command `sequence` was lost to, if it was."""
+    def check(self, sequence: int, *, waiting: bool = False) -> None:
+        """Raise what the command `sequence` was lost to, if it was; see :meth:`done`."""
         for loss in list(self._losses):
             if sequence in loss:
-                raise device_fault(loss.facts)
+                raise self._ended() if waiting and loss.at_close else device_fault(loss.facts)
+
+    def _ended(self) -> ClosedError:
+        return ClosedError(f"{self.ring.name} was closed during a wait")
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -497,7 +509,7 @@ class QueuePair:
         if left:
             facts = {"code": int(FaultCode.RESET), "device": self._port.device, "queue": self.id, "sequence": left[0]}
             lost = [(s, ring.command_at(s) or b"", ring.site(s), ring.owner(s)) for s in left]
-            self._charge(lost, facts, None)
+            self._charge(lost, facts, None, at_close=True)
 
     def _free(self) -> None:
         while self._blocks:

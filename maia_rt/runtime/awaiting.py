@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from maia_rt.diagnosis import timeout_error
 from maia_rt.errors import MaiaError
 from maia_rt.queue import QueuePair
-from maia_rt.runtime.queue_watch import ALIVE_SECONDS, QueueWatch, is_done
+from maia_rt.runtime.queue_watch import ALIVE_SECONDS, QueueWatch
 
 if TYPE_CHECKING:
     import asyncio
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 async def reach(queue: QueuePair, sequence: int, seconds: float) -> None:
     """Wait until a command is done. Raises as :meth:`maia_rt.queue.QueuePair.wait`."""
-    if is_done(queue, sequence):
+    if queue.done(sequence, waiting=True):
         return
     from asyncio import get_running_loop  # whoever gets here has imported it; others need not
 

@@ -27,7 +27,7 @@ from maia_rt.contract.commands import COMMAND, Opcode, PostOp, WaitOp
 from maia_rt.errors import ClosedError, FaultCode, MaiaError, OutOfSemaphores, PeerFault
 from maia_rt.queue import FAILED, QueuePair
 from maia_rt.runtime.outstanding import label
-from maia_rt.runtime.queue_watch import QueueWatch, is_done
+from maia_rt.runtime.queue_watch import QueueWatch
 from maia_rt.runtime.semaphore import WORD
 from maia_rt.runtime.timeline import Timeline
 
@@ -91,7 +91,7 @@ class Crossing:
         if self.settled:
             return
         try:
-            if is_done(*self.event):
+            if self.event[0].done(self.event[1], waiting=True):
                 if self.pushed is not None and not self._is_signalled(gone):
                     self.post()
             elif gone is not None:
@@ -102,7 +102,7 @@ class Crossing:
     def _is_signalled(self, gone: MaiaError | None) -> bool:
         """Whether the signal was given or will be."""
         try:
-            return self.pushed is None or is_done(*self.pushed) or gone is None
+            return self.pushed is None or self.pushed[0].done(self.pushed[1], waiting=True) or gone is None
         except MaiaError:
             return False
 
@@ -190,7 +190,7 @@ class Crossings:
         if queue is None:
             return
         with self._blame(waiter, other):
-            if is_done(queue, sequence):
+            if queue.done(sequence, waiting=True):
                 return
         unbounded = other._queues.waits_behind(queue, sequence)
         crossing = self._push(waiter, event.stream, other, (queue, sequence))

@@ -88,9 +88,11 @@ class Event:
         Raises
         ------
         DeviceFault
-            Something before it failed.
+            Something before it failed, or never ran because the stream was closed before.
         DeviceTimeout
             The text says what the stream is at.
+        ClosedError
+            The stream was closed during the wait.
         DeviceLost, ForkedError
         """
         if timeout is not None:

@@ -9,30 +9,11 @@ from collections.abc import Callable
 from typing import Final
 
 from maia_rt._fast.waiters import Watch
-from maia_rt.errors import ClosedError, DeviceFault, FaultCode, MaiaError
+from maia_rt.errors import MaiaError
 from maia_rt.queue import QueuePair
 
 ALIVE_SECONDS: Final = 0.4
 """How often it is looked whether the device is still there: the kernel's VFIO is silent where one just vanishes."""
-
-
-def is_done(queue: QueuePair, sequence: int) -> bool:
-    """Say whether a command is done.
-
-    Raises
-    ------
-    DeviceFault
-        It failed, or never ran because one before it failed.
-    ClosedError
-        It never ran because the queue was closed.
-    DeviceLost, ForkedError
-    """
-    try:
-        return queue.done(sequence)
-    except DeviceFault as fault:
-        if queue.closed and fault.code == FaultCode.RESET:
-            raise ClosedError(f"{queue.ring.name} was closed during a wait") from None
-        raise
 
 
 class QueueWatch:
@@ -88,7 +69,7 @@ class QueueWatch:
             self._watch.serve()
         for number, (sequence, heard) in list(self._waits.items()):
             try:
-                if not is_done(self.queue, sequence):
+                if not self.queue.done(sequence, waiting=True):
                     continue
                 error = None
             except MaiaError as raised:

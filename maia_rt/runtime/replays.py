@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 from maia_rt.errors import DeviceTimeout, MaiaError, PeerFault
 from maia_rt.runtime.outstanding import label
-from maia_rt.runtime.queue_watch import is_done
 
 if TYPE_CHECKING:
     from maia_rt.queue import QueuePair
@@ -38,7 +37,7 @@ class Part:
 
     def done(self) -> bool:
         """Say whether it is; raise why it will never be."""
-        return is_done(self._queue, self._sequence)
+        return self._queue.done(self._sequence, waiting=True)
 
     @property
     def quiet(self) -> bool:

@@ -577,7 +577,11 @@ class Stream(Lane):
         queue, sequence = self._mark()
         if self.device._dispatcher is not None:
             self.device._dispatcher.refuse_wait(self)
-        queue.wait(sequence, self.timeout if timeout is None else check.seconds(timeout))
+        try:
+            queue.wait(sequence, self.timeout if timeout is None else check.seconds(timeout))
+        except DeviceFault:
+            self._require_open()  # what never ran as another thread closed the stream is not a fault
+            raise
         if self._account.stopped & FAILED:
             raise self._fault()
         if self.device._validator is not None:
@@ -614,7 +618,7 @@ class Stream(Lane):
             raise self._capture.refuse("query", "nothing has been submitted; launch the graph, then ask")
         self._require_open()
         queue, sequence = self._mark()
-        if not queue.done(sequence):
+        if not queue.done(sequence, waiting=True):
             return False
         if self._account.stopped & FAILED:
             raise self._fault()
@@ -704,6 +708,7 @@ class Stream(Lane):
         return StreamStatistics(submitted, submitted - failed - aborted - in_flight, failed, aborted, in_flight)
 
     def _fault(self) -> DeviceFault:
+        self._require_open()
         facts = self._account.failure
         if facts is None:  # another thread has just recovered the stream
             return DeviceFault(FaultCode.RESET, device=self.device.name, queue=self._queue.id,

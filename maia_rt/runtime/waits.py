@@ -22,7 +22,6 @@ from maia_rt.contract.commands import (
 )
 from maia_rt.errors import MaiaError
 from maia_rt.runtime.outstanding import HangPlace, Outstanding, Scene, Signaller
-from maia_rt.runtime.queue_watch import is_done
 
 if TYPE_CHECKING:
     from maia_rt.runtime.crossing import Crossing, Mark
@@ -180,7 +179,7 @@ def _signaller(other: Scene, mark: Mark) -> tuple[Signaller, bool]:
     try:
         account = queue.accounts.get(queue.ring.owner(sequence))
         name, where = account.name if account is not None else name, queue.where(sequence)
-        done = is_done(queue, sequence)
+        done = queue.done(sequence, waiting=True)
     except MaiaError as error:
         lost = f"lost: {error.what}"
     return Signaller(other.label, queue.id, name, sequence, None, where, lost), not done and not lost

@@ -18,14 +18,17 @@ from maia_rt.contract.commands import Opcode, PostOp, QueueStage, SemaphoreWrite
 from maia_rt.errors import (
     ClosedError,
     DeviceBusy,
+    DeviceFault,
     DeviceLost,
     DeviceNotFound,
     DeviceTimeout,
     ForkedError,
     InvalidArgument,
+    MaiaError,
     OutOfMemory,
     ProtocolError,
 )
+from maia_rt.queue import QueuePair
 from tests.helpers import tiny_program
 from tests.helpers.emulator import emulator, eventually, start_emulator  # noqa: F401
 from tests.helpers.stopwatch import promptly
@@ -121,8 +124,8 @@ def test_closing_ends_what_other_threads_wait_for(attached):
         try:
             while True:
                 call()
-        except ClosedError:
-            ended.append(call)
+        except MaiaError as error:
+            ended.append(error)
 
     threads = [threading.Thread(target=until_closed, args=(call,))
                for call in (lambda: stream.synchronize(30), attached.counters, attached.faults)]
@@ -132,7 +135,39 @@ def test_closing_ends_what_other_threads_wait_for(attached):
     attached.close()
     for thread in threads:
         thread.join(3)
-    assert len(ended) == 3
+    assert [type(error) for error in ended] == [ClosedError] * 3, ended
+
+
+@pytest.mark.parametrize("how", ["synchronize", "query", "event"])
+def test_a_wait_that_looks_again_while_its_queue_is_being_closed_ends_as_those_that_sleep(attached, monkeypatch, how):
+    stream = attached.create_stream()
+    hold(stream)
+    event = stream.record()
+    call = {"synchronize": lambda: stream.synchronize(30), "query": stream.query,
+            "event": lambda: event.synchronize(30)}[how]
+    charge, ended = QueuePair._charge, []
+
+    def charge_slowly(*args, **kinds):
+        charge(*args, **kinds)
+        time.sleep(0.2)
+
+    def until_closed():
+        try:
+            while True:
+                call()
+        except MaiaError as error:
+            ended.append(type(error))
+
+    monkeypatch.setattr(maia_rt.queue, "SLICE_SECONDS", 0.01)
+    monkeypatch.setattr(maia_rt.runtime.device, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(QueuePair, "_charge", charge_slowly)
+    thread = threading.Thread(target=until_closed)
+    thread.start()
+    attached.close()
+    thread.join(3)
+    assert ended == [ClosedError]
+    with pytest.raises(DeviceFault, match="RESET"):  # it never ran
+        event.synchronize()
 
 
 def test_time_outs_are_bounded(attached):
