@@ -61,6 +61,7 @@ cdef extern from "crc32.h" nogil:
 
 cdef enum:
     PIECE = 1 << 20         # bytes a turn
+    LONG = 1 << 21          # a copy of so many leaves the caches alone: less may well be there, and be wanted there
     ADDRESS_BITS = 62       # sizes stay below this, so that sums cannot wrap
 
 
@@ -225,7 +226,9 @@ cdef uint32_t run_command(DeviceMemory memory, command_t *command, work_t *work,
     if command.opcode == OPCODE_COPY:
         copy = <copy_command_t *> command
         size = min(copy.size - work.done, <uint64_t> PIECE)
+        traffic.past_caches, traffic.ahead = copy.size >= LONG, NULL
         fault = memory.copy(copy.dst + work.done, copy.src + work.done, size, context, traffic, bad)
+        traffic.past_caches = False
         work.done += size
         finished[0] = work.done == copy.size
     elif command.opcode == OPCODE_COPY_ND:

@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterable
 from maia_emulator.interrupts import Vectors
 from maia_emulator.memory import DeviceMemory
 from maia_emulator.processor import Processor
+from maia_emulator.queues import FrontEnd
 from maia_emulator.tiles import Tiles
 from maia_rt.contract.commands import AdminStatus
 from maia_rt.contract.program import Image
@@ -22,6 +23,7 @@ class Engine:
     memory: DeviceMemory
     tiles: Tiles
     vectors: Vectors
+    front: FrontEnd
     bar2_fd: int
     bar2_bytes: int
     semaphore_window_offset: int

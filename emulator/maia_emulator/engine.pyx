@@ -108,7 +108,7 @@ cdef class Engine:
     cdef readonly DeviceMemory memory
     cdef readonly Tiles tiles
     cdef readonly Vectors vectors
-    cdef FrontEnd front
+    cdef readonly FrontEnd front
     cdef readonly int bar2_fd
     cdef readonly uint64_t bar2_bytes
     cdef readonly uint64_t semaphore_window_offset
@@ -213,6 +213,7 @@ cdef class Engine:
             front.counted_from = clock_ns()
             front.fault_count = 0
             store32(&front.errors, 0)
+            store32(&front.woken, 0)
             self.tiles.clear()
             self.added.clear()
             self._set_defaults()
@@ -232,8 +233,7 @@ cdef class Engine:
 
     def wake(self):
         """The WAKE register."""
-        self.add_counter("wakes", 1)
-        self.front.wake()
+        self.front.wake_register()
 
     # Injections ---------------------------------------------------------------------------------------------------
 
@@ -729,7 +729,7 @@ cdef class Engine:
         self.front.wake()
 
     def add_counter(self, name, n):
-        """Count what the server sees: admin_commands, dma_messages, wakes."""
+        """Count what the server sees: admin_commands, dma_messages."""
         self.added[name] = self.added.get(name, 0) + n
 
     def counters(self):
@@ -739,6 +739,7 @@ cdef class Engine:
         traffic = self.front.traffic
         record["time_ns"] = clock_ns() - self.front.counted_from
         record["interrupts"] = self.vectors.fired
+        record["wakes"] = self.front.woken
         record["bytes_host_to_device"] += traffic.host_to_device
         record["bytes_device_to_host"] += traffic.device_to_host
         record["bytes_device_to_device"] += traffic.device_to_device

@@ -1,6 +1,8 @@
 from collections.abc import Sequence
 from socket import socket
 
+from maia_emulator.queues import FrontEnd
+
 PLAIN_READ_4: int
 PLAIN_READ_8: int
 PLAIN_WRITE_4: int
@@ -13,6 +15,7 @@ class RegisterMemory:
     def load(self, offset: int, width: int) -> int: ...
     def store(self, offset: int, width: int, value: int) -> None: ...
     def set_plain(self, offset: int, accesses: int) -> None: ...
+    def set_wake(self, offset: int, front: FrontEnd) -> None: ...
 
 class Connection:
     fast: bool

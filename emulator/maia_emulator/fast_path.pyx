@@ -12,6 +12,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from maia_emulator.queues cimport FrontEnd
+
 import os
 
 cdef extern from * nogil:
@@ -161,6 +163,9 @@ PLAIN_READ_8 = 2
 PLAIN_WRITE_4 = 4
 PLAIN_WRITE_8 = 8
 
+cdef enum:
+    WAKES_4 = 16    # a write of 4 bytes wakes the device, and stores nothing
+
 
 cdef class RegisterMemory:
     """The values of a register block, shared by the session's fast path and everybody else.
@@ -182,6 +187,7 @@ cdef class RegisterMemory:
     cdef uint8_t *plain
     cdef readonly uint32_t size
     cdef public bint hidden
+    cdef FrontEnd front
 
     def __cinit__(self, uint32_t size):
         if size % 8:
@@ -214,6 +220,11 @@ cdef class RegisterMemory:
         self.check(offset, 4)
         self.plain[offset // 4] = <uint8_t>accesses
 
+    def set_wake(self, uint32_t offset, FrontEnd front not None):
+        """Have writes of 4 bytes to the word at `offset` wake a command processor."""
+        self.set_plain(offset, WAKES_4)
+        self.front = front
+
     cdef int check(self, uint32_t offset, int width) except -1:
         if width not in (4, 8) or offset % width or offset > self.size - width:
             raise ValueError(f"no register access of {width} bytes at {offset:#x}")
@@ -236,6 +247,10 @@ cdef class RegisterMemory:
                 message.data = register_load64(self.values + message.offset)
             reply_size[0] = HEADER_BYTES + ACCESS_BYTES + width
         else:
+            if allowed & WAKES_4 and width == 4:
+                self.front.wake_register()
+                reply_size[0] = HEADER_BYTES + ACCESS_BYTES
+                return True
             if not allowed & (4 if width == 4 else 8):
                 return False
             if width == 4:

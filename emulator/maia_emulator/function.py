@@ -168,6 +168,7 @@ class Function:
         registers.on_write("ADMIN_TAIL", lambda written, _: self.firmware.ring_doorbell(written))
         registers.on_write("SEMAPHORE_OP", self._semaphore_op)
         registers.on_write("WAKE", lambda _written, _before: engine.wake())
+        registers.memory.set_wake(BAR0["WAKE"].offset, engine.front)
 
     def _control(self, written: int, before: int) -> None:
         control = BAR0["CONTROL"]

@@ -41,8 +41,8 @@ cdef struct traffic_t:
     uint64_t to_peers
     uint64_t since          # from when on its pieces could have left, with a model of links; 0: now
     uint64_t until          # when the last of them has left
-    bint past_caches        # what is written is long, and not read again soon; it is read at this address, maybe:
-    char *ahead
+    bint past_caches        # what is written is long, and not read again soon
+    char *ahead             # what comes to the core meanwhile, or NULL
     watch_t *watch          # of a thread that looks after queues; else NULL
 
 cdef class DeviceMemory:

@@ -346,7 +346,7 @@ cdef class DeviceMemory:
                 if fault:
                     return fault
             else:
-                if traffic.past_caches:
+                if traffic.past_caches and (to + length <= origin or origin + length <= to):
                     copy_past_caches(to, origin, length, traffic.ahead)
                 else:
                     memmove(to, origin, length)

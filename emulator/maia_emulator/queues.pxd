@@ -66,6 +66,7 @@ cdef class FrontEnd:
     cdef bint yielded           # in this round a command went on in pieces
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
     cdef uint32_t sleep_number
+    cdef uint32_t woken         # times that WAKE was written
     cdef bell_t *bell
     cdef readonly Injections injections
     cdef bint injecting         # the next commands must be judged, or one is held
@@ -92,6 +93,7 @@ cdef class FrontEnd:
     cdef bint lie_down(self) noexcept nogil
     cdef void get_up(self) noexcept nogil
     cdef uint64_t next_look(self) noexcept nogil
+    cdef void wake_register(self) noexcept nogil
     cdef void take(self) noexcept nogil
     cdef void give(self) noexcept nogil
     cdef bint service(self, queue_t *q) noexcept nogil

@@ -184,6 +184,11 @@ cdef class FrontEnd:
         """Make a sleeping command processor look at its doorbells."""
         rouse(self.bell)
 
+    cdef void wake_register(self) noexcept nogil:
+        """WAKE was written; any thread calls."""
+        add32(&self.woken, 1)
+        rouse(self.bell)
+
     cdef void take(self) noexcept nogil:
         """Take ``control`` from any thread but the command processor's."""
         add32(&self.waiting, 1)

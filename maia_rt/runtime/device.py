@@ -767,4 +767,4 @@ class Device:
 
 
 # On a single processor the device cannot answer while a wait spins.
-_SPIN_NS = 20_000 if len(os.sched_getaffinity(0)) > 1 else 0
+_SPIN_NS = 100_000 if len(os.sched_getaffinity(0)) > 1 else 0

@@ -56,6 +56,27 @@ def test_64_mib_there_and_back(attached):
     assert np.array_equal(back, data)
 
 
+@pytest.mark.parametrize("size", [(2 << 20) - 1, 2 << 20, (2 << 20) + 65, (5 << 20) - 63])
+def test_long_copies_write_every_byte_and_none_beside(device, stream, size):
+    room = size + 4096
+    with device.allocate_host(room) as host, device.allocate(room) as first, device.allocate(room) as second:
+        for source, target in [(0, 0), (1, 7), (63, 64), (4095, 2049)]:
+            host.array[:] = noise(room, size + source)
+            wanted = host.array[source:source + size].copy()
+            stream.fill(first, 0xA5)
+            stream.fill(second, 0x5A)
+            stream.copy(first[target:target + size], host[source:source + size])
+            stream.copy(second[source:source + size], first[target:target + size])
+            stream.synchronize()
+            host.array[:] = 0
+            for buffer, around, at in ((first, 0xA5, target), (second, 0x5A, source)):
+                stream.copy(host, buffer)
+                stream.synchronize()
+                expected = np.full(room, around, np.uint8)
+                expected[at:at + size] = wanted
+                assert np.array_equal(host.array, expected), (source, target, around)
+
+
 def test_pinned_memory_is_copied_directly(device, stream):
     with device.allocate(100_000) as buffer, device.allocate_host(100_000) as host:
         host.array[:] = noise(100_000)

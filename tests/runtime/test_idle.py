@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import maia_rt
+from maia_rt._fast.ring import WAIT_DONE
+from maia_rt.contract.registers import Bar0
 from tests.helpers.emulator import environment, running
 
 pytestmark = pytest.mark.emulator_process
@@ -41,6 +43,17 @@ def shares(*pids):
     time.sleep(WATCHED_SECONDS)
     took = time.monotonic() - began
     return [(cpu_seconds(pid) - start) / took for pid, start in zip(pids, before, strict=True)]
+
+
+def test_the_first_command_after_rest_wakes_the_device(embedded):
+    ring = embedded.default_stream.queue.ring
+    before = embedded.counters()["wakes"]
+    for _ in range(20):
+        time.sleep(0.02)
+        assert ring.wait(ring.submit(1, 0, 0, 0, 0, 0), 10_000_000_000) == WAIT_DONE
+    assert 20 <= embedded.counters()["wakes"] - before < 40
+    embedded.transport.write(0, Bar0.WAKE, 4, 1)
+    assert embedded.counters()["wakes"] - before >= 21
 
 
 def test_an_idle_program_and_its_devices_use_less_than_a_hundredth_of_a_core(embedded, other_device):

@@ -14,7 +14,8 @@ from maia_rt.contract.commands import COMMAND, Opcode
 from maia_rt.contract.program import ArgKind, Dtype
 from maia_rt.contract.program import write as write_program
 from maia_rt.kernels.builder import KernelBuilder
-from maia_tools.bench.measurement import Bar, Measurement, each
+from maia_tools.bench.here import device_here
+from maia_tools.bench.measurement import PART, Bar, Measurement, each, parts
 from maia_tools.bench.subject import BURST, WAIT_NS, Subject
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def packing() -> Measurement:
     numbers = tuple(range(16))
 
     def run() -> None:
-        for _ in range(BURST):
+        for _ in range(PART):
             pack(room, 0, *numbers)
 
-    return Measurement(PACKING, BURST, run)
+    return Measurement(PACKING, BURST, lambda: parts(BURST, run))
 
 
 def submissions(subject: Subject) -> list[Measurement]:
@@ -56,19 +57,19 @@ def submissions(subject: Subject) -> list[Measurement]:
 
     def single() -> None:
         submit = ring.submit
-        for _ in range(BURST):
+        for _ in range(PART):
             submit(1, 0, 0, 0, 0, 0)
 
     def preencoded() -> None:
         submit = ring.submit_encoded
-        for _ in range(BURST):
+        for _ in range(PART):
             submit(encoded)
 
     found = [
-        Measurement("submit, encoded on the way", BURST, single, subject.settle, reference=PACKING,
-                    bar=Bar(plus_ns=300)),
-        Measurement("submit, pre-encoded", BURST, preencoded, subject.settle, reference=PACKING,
-                    bar=Bar(plus_ns=200)),
+        Measurement("submit, encoded on the way", BURST, lambda: parts(BURST, single), subject.settle,
+                    reference=PACKING, bar=Bar(plus_ns=300)),
+        Measurement("submit, pre-encoded", BURST, lambda: parts(BURST, preencoded), subject.settle,
+                    reference=PACKING, bar=Bar(plus_ns=200)),
     ]
     for size in BATCHES:
         found += _batches(subject, size)
@@ -80,7 +81,8 @@ def _batches(subject: Subject, size: int) -> list[Measurement]:
     batch = np.zeros(size, COMMAND)
     batch["opcode"] = Opcode.NOP
     plain, room = np.zeros(64 * size, np.uint8), np.zeros(64 * size, np.uint8)
-    times = max(1, BURST // size)
+    # Timed together: as many as have 128 commands.
+    times = max(1, 128 // size)
 
     def batches() -> None:
         submit = ring.submit_batch
@@ -91,45 +93,61 @@ def _batches(subject: Subject, size: int) -> list[Measurement]:
         for _ in range(times):
             np.copyto(room, plain)
 
+    def commands(some: Callable[[], None]) -> Callable[[], object]:
+        return lambda: each(BURST // (times * size), some) / (times * size)
+
     reference = COPYING.format(size)
     return [
-        Measurement(reference, times * size, copying),
-        Measurement(f"submit, numpy batch of {size}", times * size, batches, subject.settle, reference=reference,
+        Measurement(reference, BURST, commands(copying)),
+        Measurement(f"submit, numpy batch of {size}", BURST, commands(batches), subject.settle, reference=reference,
                     bar=Bar(plus_ns=50) if size == 32 else None, series=("numpy batch", size)),
     ]
 
 
 def waits(subject: Subject) -> list[Measurement]:
-    """Submit and wait: by looking, by interrupt, and with a device that has gone to sleep."""
-    device, ring = subject.device, subject.stream.queue.ring
-    source, target = (subject.stack.enter_context(device.allocate(LATE_BYTES)) for _ in range(2))
-    looking, sleeping = (subject.stack.enter_context(device.create_stream()) for _ in range(2))
-    # One looks until it is done, the other arms the queue's vector and sleeps at once.
-    looking.queue.ring.waiters.spin_ns, sleeping.queue.ring.waiters.spin_ns = WAIT_NS, 0
-
-    def late(stream: Stream) -> Callable[[], None]:
-        def run() -> None:
-            stream.copy(target, source)
-            stream.synchronize()
-        return run
-
-    polled = "submit and wait, a copy of 256 KiB, polled"
-
-    def once() -> None:
-        ring.wait(ring.submit(1, 0, 0, 0, 0, 0), WAIT_NS)
+    """Submit and wait: by looking, by interrupt, with a device that has gone to sleep, and with one in this process."""
+    ring = subject.stream.queue.ring
 
     def asleep() -> None:
         subject.stream.synchronize()
         time.sleep(IDLE_SECONDS)
 
+    found = _waits(subject, "")
+    found.append(Measurement("submit and wait, NOP, after 2 ms of rest", 1,
+                             lambda: each(1, lambda: ring.wait(ring.submit(1, 0, 0, 0, 0, 0), WAIT_NS)), asleep,
+                             reference="socket, round trip"))
+    if subject.device.emulator_pid is None:
+        return found
+    device = subject.stack.enter_context(device_here(subject.cores))
+    stream = subject.stack.enter_context(device.create_stream())
+    return found + _waits(Subject(device, stream, subject.stack, subject.cores), ", device in this process")
+
+
+def _waits(subject: Subject, where: str) -> list[Measurement]:
+    device, ring = subject.device, subject.stream.queue.ring
+    source, target = (subject.stack.enter_context(device.allocate(LATE_BYTES)) for _ in range(2))
+    looking, sleeping = (subject.stack.enter_context(device.create_stream()) for _ in range(2))
+    # One looks until it is done, the other arms the queue's vector and sleeps at once.
+    looking.queue.ring.waiters.spin_ns, sleeping.queue.ring.waiters.spin_ns = WAIT_NS, 0
+    late = f"submit and wait, a copy of 256 KiB{where}"
+
+    def once() -> None:
+        ring.wait(ring.submit(1, 0, 0, 0, 0, 0), WAIT_NS)
+
+    def copying(name: str, stream: Stream, reference: str = "") -> Measurement:
+        def copy() -> None:
+            stream.copy(target, source)
+            stream.synchronize()
+
+        return Measurement(f"{late}, {name}", MESSAGES, lambda: each(MESSAGES, copy), subject.settle,
+                           reference=reference)
+
     return [
-        Measurement("submit and wait, NOP", ROUND_TRIPS, lambda: each(ROUND_TRIPS, once), subject.settle,
-                    reference="shared word, round trip", bar=Bar(2, 500)),
-        Measurement(polled, MESSAGES, lambda: each(MESSAGES, late(looking)), subject.settle),
-        Measurement("submit and wait, a copy of 256 KiB, by interrupt", MESSAGES,
-                    lambda: each(MESSAGES, late(sleeping)), subject.settle, reference=polled),
-        Measurement("submit and wait, NOP, after 2 ms of rest", 1, lambda: each(1, once), asleep,
-                    reference="socket, round trip"),
+        Measurement(f"submit and wait, NOP{where}", ROUND_TRIPS, lambda: each(ROUND_TRIPS, once), subject.settle,
+                    reference="shared word, round trip", bar=None if where else Bar(2, 500)),
+        copying("polled", looking),
+        copying("adaptive", subject.stream, f"{late}, polled"),
+        copying("by interrupt", sleeping, f"{late}, polled"),
     ]
 
 
@@ -151,15 +169,15 @@ def _launch(subject: Subject, count: int) -> list[Measurement]:
 
     def run() -> None:
         launch = stream.launch
-        for _ in range(LAUNCHES):
+        for _ in range(PART):
             launch(kernel, *buffers)
 
     def done() -> None:
         stream.launch(kernel, *buffers)
         stream.synchronize()
 
-    found = [Measurement(f"launch, {count} arguments", LAUNCHES, run, subject.settle, stream.synchronize,
-                         reference=PACKING, series=("launch by arguments", count))]
+    found = [Measurement(f"launch, {count} arguments", LAUNCHES, lambda: parts(LAUNCHES, run), subject.settle,
+                         stream.synchronize, reference=PACKING, series=("launch by arguments", count))]
     if not count:
         found.append(Measurement("launch, 0 arguments, and wait", MESSAGES, lambda: each(MESSAGES, done),
                                  subject.settle, reference="shared word, round trip"))
@@ -182,8 +200,11 @@ def _graph(subject: Subject, count: int, replays: int) -> list[Measurement]:
             stream.write_value(word, number)
     graph = subject.stack.enter_context(capture.instantiate())
 
-    def launching() -> None:
-        for _ in range(replays):
+    def once() -> None:
+        graph.launch(stream)
+
+    def some() -> None:
+        for _ in range(PART):
             graph.launch(stream)
 
     def done() -> None:
@@ -191,7 +212,9 @@ def _graph(subject: Subject, count: int, replays: int) -> list[Measurement]:
         stream.synchronize()
 
     return [
-        Measurement(f"graph of {count:,} nodes, launch", replays, launching, subject.settle, stream.synchronize,
+        Measurement(f"graph of {count:,} nodes, launch", replays,
+                    lambda: parts(replays, some) if replays >= PART else each(replays, once),
+                    subject.settle, stream.synchronize,
                     bar=Bar(plus_ns=1300 + 20 * count), series=("graph launch by nodes", count)),
         Measurement(f"graph of {count:,} nodes, launch and wait", 1, done, subject.settle,
                     series=("graph launch and wait by nodes", count)),
@@ -205,11 +228,11 @@ def events(subject: Subject) -> list[Measurement]:
     event = stream.record()
     semaphore = subject.stack.enter_context(device.create_semaphore())
 
-    def many(once: Callable[[], object]) -> Callable[[], None]:
+    def many(once: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(LAUNCHES):
+            for _ in range(PART):
                 once()
-        return run
+        return lambda: parts(LAUNCHES, run)
 
     def finish() -> None:
         stream.synchronize()

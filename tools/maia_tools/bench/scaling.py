@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from maia_tools.bench.measurement import Bar, Measurement
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from maia_rt.runtime.stream import Stream
 
 QUEUES = (1, 4, 16, 32, 64)
+OTHERS = 10
+"""Queues that the rest of a run has."""
 TURNS = 1024
 """Commands in one sample over many queues."""
 IN_FLIGHT = (1, 64, 1024, 16_384, 65_023)
@@ -25,18 +28,23 @@ FLAT = Bar(1.5)
 
 def queues(subject: Subject) -> list[Measurement]:
     """Submitting to many queues by turns, and waiting for all of them: a command's share."""
-    most = subject.device.capabilities.max_queues - 6  # the benchmark has some of its own
-    streams = [subject.stack.enter_context(subject.device.create_stream(entries=2 * TURNS))
-               for _ in range(min(QUEUES[-1], most))]
-    counts = sorted({min(count, most) for count in QUEUES})
-    found = [_by_turns(subject, [stream.queue.ring for stream in streams[:count]]) for count in counts]
+    most = min(QUEUES[-1], subject.device.capabilities.max_queues - OTHERS)
+    found = [_by_turns(subject, count) for count in sorted({min(count, most) for count in QUEUES})]
     for measurement in found[1:]:
         measurement.reference, measurement.bar = found[0].name, FLAT
     return found
 
 
-def _by_turns(subject: Subject, rings: list[Ring]) -> Measurement:
-    rounds = TURNS // len(rings)
+def _by_turns(subject: Subject, count: int) -> Measurement:
+    streams = ExitStack()
+    rings: list[Ring] = []
+    rounds = TURNS // count
+
+    def prepare() -> None:
+        # For this sample only: what is measured after it has queues to itself.
+        for _ in range(count):
+            rings.append(streams.enter_context(subject.device.create_stream(entries=2 * TURNS)).queue.ring)
+        subject.settle()
 
     def run() -> None:
         for _ in range(rounds):
@@ -44,8 +52,12 @@ def _by_turns(subject: Subject, rings: list[Ring]) -> Measurement:
         for ring, sequence in last:
             ring.wait(sequence, WAIT_NS)
 
-    return Measurement(f"submit by turns to {len(rings)} queues and wait, a command", rounds * len(rings), run,
-                       subject.settle, series=("by queues", len(rings)))
+    def finish() -> None:
+        rings.clear()
+        streams.close()
+
+    return Measurement(f"submit by turns to {count} queues and wait, a command", rounds * count, run, prepare, finish,
+                       series=("by queues", count))
 
 
 def in_flight(subject: Subject) -> list[Measurement]:

@@ -61,10 +61,15 @@ class Cores:
         self.all = sorted(os.sched_getaffinity(0))
         self.others = self.all[1:]
         self._devices: list[Device] = []
+        self._threads: set[str] = set()
 
     def add(self, device: Device) -> None:
         """Have a device's emulator, if it is embedded, run where the other side does."""
         self._devices.append(device)
+
+    def add_threads(self, ids: set[str]) -> None:
+        """Have threads of this process run where the other side does, while there are such threads."""
+        self._threads |= ids
 
     def part(self) -> None:
         """Run this thread on the first core, and the emulators on the others."""
@@ -77,7 +82,9 @@ class Cores:
 
     def _set(self, here: list[int], there: list[int]) -> None:
         os.sched_setaffinity(0, here)
+        threads = self._threads & set(os.listdir("/proc/self/task"))
         for device in self._devices:
             if not device.closed and device.emulator_pid is not None:
-                for thread in os.listdir(f"/proc/{device.emulator_pid}/task"):
-                    os.sched_setaffinity(int(thread), there)
+                threads.update(os.listdir(f"/proc/{device.emulator_pid}/task"))
+        for thread in threads:
+            os.sched_setaffinity(int(thread), there)

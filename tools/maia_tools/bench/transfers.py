@@ -59,16 +59,12 @@ def _copies(subject: Subject, size: int) -> list[Measurement]:
 def memcpy(size: int) -> Measurement:
     """What the machine itself takes to copy so many bytes."""
     both, count = Memcpy(size), _count(size)
-
-    def run() -> None:
-        for _ in range(count):
-            both.copy()
-
-    return Measurement(f"memcpy {bytes_text(size)}", count, run, nbytes=size, series=("memcpy", size))
+    return Measurement(f"memcpy {bytes_text(size)}", count, lambda: each(count, both.copy), nbytes=size,
+                       series=("memcpy", size))
 
 
 def _count(size: int) -> int:
-    return max(1, min(64, (1 << 20) // size))
+    return max(2, min(64, (8 << 20) // size))
 
 
 def _copy(subject: Subject, name: str, line: str, dst: Any, src: Any, size: int, count: int) -> Measurement:
@@ -76,13 +72,12 @@ def _copy(subject: Subject, name: str, line: str, dst: Any, src: Any, size: int,
     way = stream.copy(dst, src)
     stream.synchronize()
 
-    def run() -> None:
-        for _ in range(count):
-            stream.copy(dst, src)
-            stream.synchronize()
+    def once() -> None:
+        stream.copy(dst, src)
+        stream.synchronize()
 
     direct = size >= BAR_FROM and line.endswith("pinned")
-    return Measurement(f"{name} ({way.value})", count, run, subject.settle, nbytes=size,
+    return Measurement(f"{name} ({way.value})", count, lambda: each(count, once), subject.settle, nbytes=size,
                        reference=f"memcpy {bytes_text(size)}", bar=Bar(1 / 0.95) if direct else None,
                        series=(line, size))
 
