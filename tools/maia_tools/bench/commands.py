@@ -15,7 +15,7 @@ from maia_rt.contract.program import ArgKind, Dtype
 from maia_rt.contract.program import write as write_program
 from maia_rt.kernels.builder import KernelBuilder
 from maia_tools.bench.here import device_here
-from maia_tools.bench.measurement import PART, Bar, Measurement, each, parts
+from maia_tools.bench.measurement import Bar, Measurement, each, parts
 from maia_tools.bench.subject import BURST, WAIT_NS, Subject
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ LAUNCHES = 512
 ROUND_TRIPS = 300
 MESSAGES = 100
 """Of what takes longer."""
+PART, FEW = 128, 16
+"""Timed together, where one takes nanoseconds or a microsecond: in a pause the device catches up, and then looks at the
+doorbell so often that each store to it takes longer."""
 LATE_BYTES = 256 << 10
 """Copied, they keep a device busy for longer than it takes to go to sleep in a wait."""
 IDLE_SECONDS = 0.002
@@ -47,7 +50,7 @@ def packing() -> Measurement:
         for _ in range(PART):
             pack(room, 0, *numbers)
 
-    return Measurement(PACKING, BURST, lambda: parts(BURST, run))
+    return Measurement(PACKING, BURST, lambda: parts(BURST, PART, run))
 
 
 def submissions(subject: Subject) -> list[Measurement]:
@@ -66,9 +69,9 @@ def submissions(subject: Subject) -> list[Measurement]:
             submit(encoded)
 
     found = [
-        Measurement("submit, encoded on the way", BURST, lambda: parts(BURST, single), subject.settle,
+        Measurement("submit, encoded on the way", BURST, lambda: parts(BURST, PART, single), subject.settle,
                     reference=PACKING, bar=Bar(plus_ns=300)),
-        Measurement("submit, pre-encoded", BURST, lambda: parts(BURST, preencoded), subject.settle,
+        Measurement("submit, pre-encoded", BURST, lambda: parts(BURST, PART, preencoded), subject.settle,
                     reference=PACKING, bar=Bar(plus_ns=200)),
     ]
     for size in BATCHES:
@@ -81,8 +84,7 @@ def _batches(subject: Subject, size: int) -> list[Measurement]:
     batch = np.zeros(size, COMMAND)
     batch["opcode"] = Opcode.NOP
     plain, room = np.zeros(64 * size, np.uint8), np.zeros(64 * size, np.uint8)
-    # Timed together: as many as have 128 commands.
-    times = max(1, 128 // size)
+    times = max(1, PART // size)
 
     def batches() -> None:
         submit = ring.submit_batch
@@ -94,7 +96,7 @@ def _batches(subject: Subject, size: int) -> list[Measurement]:
             np.copyto(room, plain)
 
     def commands(some: Callable[[], None]) -> Callable[[], object]:
-        return lambda: each(BURST // (times * size), some) / (times * size)
+        return lambda: parts(BURST, times * size, some)
 
     reference = COPYING.format(size)
     return [
@@ -169,14 +171,14 @@ def _launch(subject: Subject, count: int) -> list[Measurement]:
 
     def run() -> None:
         launch = stream.launch
-        for _ in range(PART):
+        for _ in range(FEW):
             launch(kernel, *buffers)
 
     def done() -> None:
         stream.launch(kernel, *buffers)
         stream.synchronize()
 
-    found = [Measurement(f"launch, {count} arguments", LAUNCHES, lambda: parts(LAUNCHES, run), subject.settle,
+    found = [Measurement(f"launch, {count} arguments", LAUNCHES, lambda: parts(LAUNCHES, FEW, run), subject.settle,
                          stream.synchronize, reference=PACKING, series=("launch by arguments", count))]
     if not count:
         found.append(Measurement("launch, 0 arguments, and wait", MESSAGES, lambda: each(MESSAGES, done),
@@ -204,7 +206,7 @@ def _graph(subject: Subject, count: int, replays: int) -> list[Measurement]:
         graph.launch(stream)
 
     def some() -> None:
-        for _ in range(PART):
+        for _ in range(FEW):
             graph.launch(stream)
 
     def done() -> None:
@@ -213,7 +215,7 @@ def _graph(subject: Subject, count: int, replays: int) -> list[Measurement]:
 
     return [
         Measurement(f"graph of {count:,} nodes, launch", replays,
-                    lambda: parts(replays, some) if replays >= PART else each(replays, once),
+                    lambda: parts(replays, FEW, some) if replays >= FEW else each(replays, once),
                     subject.settle, stream.synchronize,
                     bar=Bar(plus_ns=1300 + 20 * count), series=("graph launch by nodes", count)),
         Measurement(f"graph of {count:,} nodes, launch and wait", 1, done, subject.settle,
@@ -230,9 +232,9 @@ def events(subject: Subject) -> list[Measurement]:
 
     def many(once: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(PART):
+            for _ in range(FEW):
                 once()
-        return lambda: parts(LAUNCHES, run)
+        return lambda: parts(LAUNCHES, FEW, run)
 
     def finish() -> None:
         stream.synchronize()

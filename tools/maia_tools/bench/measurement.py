@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-PART = 16
-"""How many short operations are timed together: so many that reading the clock costs them next to nothing."""
 ENOUGH = {"p99_ns": (99, 100), "p99_9_ns": (99.9, 1000)}
 """Percentiles of rare cases, and of how many samples they are taken at least."""
 
@@ -106,6 +104,6 @@ def each(count: int, once: Callable[[], object]) -> np.ndarray[Any, Any]:
     return np.diff(np.array(marks, np.int64)).astype(float)
 
 
-def parts(count: int, part: Callable[[], object]) -> np.ndarray[Any, Any]:
-    """Do what is `PART` operations until there are ``count``; the mean of each part, in nanoseconds."""
-    return each(count // PART, part) / PART
+def parts(count: int, size: int, part: Callable[[], object]) -> np.ndarray[Any, Any]:
+    """Do ``part``, which is ``size`` operations, until there are ``count``; the mean of each, in nanoseconds."""
+    return each(count // size, part) / size
