@@ -6,3 +6,6 @@ cdef class Extent:
     cdef public Extent _parent
     cdef public bint _closed
     cdef public set _fits
+    cdef public uint64_t _run
+    cdef public bint readonly
+    cdef public object device

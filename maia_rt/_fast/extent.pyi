@@ -5,3 +5,6 @@ class Extent:
     _parent: Any
     _closed: bool
     _fits: set[object]
+    _run: int
+    readonly: bool
+    device: Any

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""What a launch must know of a piece of memory, where C finds it at once."""
+"""What a launch or a copy must know of a piece of memory, where C finds it at once."""
 
 cdef set _nothing = set()
 
@@ -17,6 +17,10 @@ cdef class Extent:
         Whether it has been given back; of a view, its parent's counts. True until it has been made.
     _fits : set
         The arguments of kernels that it has been found to fit; empty ones are shared, and never written.
+    _run : int
+        Bytes, where all of them lie side by side; else 0.
+    readonly : bool
+    device : Device
     """
 
     def __cinit__(self):

@@ -10,7 +10,7 @@ import os
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from maia_rt._fast.commands cimport FLAG_BARRIER, FLAG_REPORT, OPCODE_INDIRECT, OPCODE_LAUNCH, command_t
+from maia_rt._fast.commands cimport FLAG_BARRIER, FLAG_REPORT, OPCODE_COPY, OPCODE_INDIRECT, OPCODE_LAUNCH, command_t
 from maia_rt._fast.extent cimport Extent
 from maia_rt._fast.ring cimport (
     Account, Ring, Ring_arguments, Ring_ask_report, Ring_check_arguments, Ring_encode, Ring_prepare, Ring_publish,
@@ -74,8 +74,18 @@ cdef class Lane:
     queue : QueuePair
     timeout_ns : int
         How long a submission waits for room.
+
+    Attributes
+    ----------
+    device : Device
+    _capture : CaptureLane or None
+        What takes this stream's commands while it is captured into a graph.
+    _watched : bool
+        Whether a validator looks at each command.
     """
 
+    cdef public object device, _capture
+    cdef public bint _watched
     cdef readonly Account _account
     cdef readonly Ring _ring
     cdef readonly object _queue
@@ -144,6 +154,22 @@ cdef class Lane:
         Ring_encode(slot, OPCODE_LAUNCH, FLAG_BARRIER, units, kernel | <uint64_t>len(args) << 32,
                     Ring_arguments(self._ring, args), 0)
         return Lane_publish(self, slot)
+
+    def _copy_whole(self, dst, src):
+        """Submit a copy of memory of this device to as much of it; False where that takes a second look."""
+        cdef Extent to, at
+        cdef command_t *slot
+        if self._watched or self._capture is not None or not isinstance(dst, Extent) or not isinstance(src, Extent):
+            return False
+        to, at = <Extent>dst, <Extent>src
+        if (to._run == 0 or to._run != at._run or to.readonly or to.device is not self.device
+                or at.device is not self.device or (to if to._parent is None else to._parent)._closed
+                or (at if at._parent is None else at._parent)._closed):
+            return False
+        slot = Lane_slot(self)
+        Ring_encode(slot, OPCODE_COPY, FLAG_BARRIER, 0, at._address, to._address, to._run)
+        Lane_publish(self, slot)
+        return True
 
     def _launch_again(self, Replay replay not None):
         """Launch a graph as it was launched before. False where that takes more than one command and its doorbell.

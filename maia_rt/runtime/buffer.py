@@ -58,7 +58,7 @@ class Memory(Extent, abc.ABC):
     """
 
     _noun = "memory"
-    readonly: bool = False
+    device: Device
 
     def __init__(self, device: Device, address: int, nbytes: int, dtype: np.dtype[Any] | None, shape: tuple[int, ...],
                  root: Memory | None, steps: tuple[int, ...] | None = None) -> None:
@@ -68,6 +68,7 @@ class Memory(Extent, abc.ABC):
         self.shape = shape
         # In bytes; None where the elements lie side by side.
         self._strides = steps
+        self._run = nbytes if steps is None else 0
         self._address = address
         self._parent = root     # of a view; nothing refers to itself, so what is dropped is given back at once
         self._closed = False

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _NOP, _FILL = int(Opcode.NOP), int(Opcode.FILL)
 _WAIT_VALUE, _WRITE_IMM = int(Opcode.WAIT_VALUE), int(Opcode.WRITE_IMM)
 _SIGNAL_REMOTE = int(Opcode.SIGNAL_REMOTE)
+_DIRECT: Final = CopyPath.DIRECT
 ConditionName = Literal["ge", "eq", "ne", "and"]
 CONDITIONS: Final[dict[str, Condition]] = {name.lower(): Condition[name] for name in ("GE", "EQ", "NE", "AND")}
 _GE: Final = WaitOp.GE
@@ -99,13 +100,13 @@ class Stream(Lane):
     #   2. check the arguments;
     #   3. `if self.device._validator is not None:` tell it what the command reads and writes;
     #   4. `self._submit(...)`, the only way commands of a stream reach a queue.
-    _capture: Any = None
-    """What takes this stream's commands while it is captured into a graph."""
+    device: Device
 
     def __init__(self, device: Device, account: Account, queue: QueuePair, timeout: float, priority: int = 0,
                  clusters: int = 0) -> None:
         super().__init__(account, queue, int(timeout * 1e9))
         self.device = device
+        self._watched = device._validator is not None
         self.timeout = timeout
         self.priority = priority
         self.clusters = clusters
@@ -151,6 +152,8 @@ class Stream(Lane):
             One of them is no memory, or neither is on this device.
         ClosedError, QueueFull, DeviceFault, DeviceLost, DeviceTimeout
         """
+        if not checksum and self._copy_whole(dst, src):
+            return _DIRECT
         if self._capture is not None:
             captured: CopyPath = self._capture.copy(dst, src, checksum=checksum)
             return captured

@@ -66,6 +66,7 @@ def driver_paths(stack):
         "stream: mark": (lane._mark, ()),
         **{f"stream: launch, {count} arguments": (lane._launch, (1, 1, args)) for count, args in arguments.items()},
         "stream: arguments of a launch, 16 known": (known_words, (None, *known(16))),
+        "stream: copy of a whole buffer": (lane._copy_whole, tuple(whole(lane, 4096 * number) for number in (1, 2))),
         "read a mapped register": (words.read32, (64,)),
         "write a mapped register": (words.write32, (64, 1)),
     }
@@ -88,6 +89,13 @@ def known(count):
     for number, (check, argument) in enumerate(zip(checks, arguments, strict=True)):
         argument._address, argument._closed, argument._fits = (1 << 48) + number, False, {check}
     return checks, arguments
+
+
+def whole(lane, address):
+    """A buffer, as far as a copy is concerned."""
+    memory = Extent()
+    memory._address, memory._closed, memory._run, memory.device = (1 << 48) + address, False, 4096, lane.device
+    return memory
 
 
 def device_paths(stack):
