@@ -33,13 +33,17 @@ def test_every_path_of_the_baseline_is_counted(counts):
         assert set(kept.get(build, {})) <= set(paths), baseline.ADVICE
 
 
-def test_a_tenth_more_of_anything_is_noticed(counts):
-    found = baseline.regressions(counts, scaled(counts, 1 / 1.1))
+@pytest.mark.parametrize("part", [0.1, 0.2])
+def test_a_tenth_more_of_anything_is_noticed_and_a_fifth_of_what_costs_next_to_nothing(counts, part):
+    found = baseline.regressions(counts, scaled(counts, 1 / (1 + part)))
     for paths in counts.values():
         for path, units in paths.items():
             unit = next(iter(units))
-            (told,) = [sentence for sentence in found if sentence.startswith(f"{path}: ") and f" {unit} " in sentence]
-            assert f"{units[unit]:g} now, +10" in told
+            told = [sentence for sentence in found if sentence.startswith(f"{path}: ") and f" {unit} " in sentence]
+            if units[unit] * part > 1.2 * baseline.LEAST[unit]:
+                assert f"{units[unit]:g} now, +{100 * part:g}" in told[0]
+            else:
+                assert part == 0.1, path
 
 
 def test_a_hundredth_more_or_any_less_is_not(counts):
