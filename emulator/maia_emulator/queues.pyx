@@ -373,7 +373,8 @@ cdef class FrontEnd:
         cdef uint32_t fault = FAULT_NONE
         if at != NULL:
             # The slots come from another core's cache; four on the way at a time hide what each one takes.
-            if (q.head + AHEAD & q.mask) > (q.head & q.mask):
+            # None that its writer has yet to fill: it would have to fetch the line back.
+            if q.tail - <uint32_t> q.head > AHEAD and (q.head + AHEAD & q.mask) > (q.head & q.mask):
                 prefetch(at + AHEAD * COMMAND_BYTES)
             memcpy(&q.command, at, COMMAND_BYTES)
         else:
