@@ -12,7 +12,7 @@ import threading
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from maia_emulator.bells cimport rouse
-from maia_emulator.queues cimport AWAKE, BUSY, LONG, PEERS, WORKED, FrontEnd, nap_t, nap_of, serve
+from maia_emulator.queues cimport AWAKE, BUSY, LONG, PEERS, STREAM, WORKED, FrontEnd, nap_t, nap_of, serve
 from maia_emulator.support cimport add32, clock_ns, load32, pause_cpu, sched_yield, store32, swap_if32
 from maia_emulator.watch cimport call_one, park
 
@@ -31,6 +31,7 @@ cdef enum:
     PATIENCE = 4096         # looks at a device that somebody else holds, before it is left alone for a while
     BUSY_NS = 1000000       # between looks at a device that somebody else holds
     BLIND_NS = 1000000      # between looks where the kernel cannot sleep on several bells
+    STREAM_NS = 1000        # between looks at a doorbell that is rung all the time
 
 cdef serve_t serve_one = <serve_t> <void *> serve
 cdef nap_of_t nap_of_one = <nap_of_t> <void *> nap_of
@@ -103,7 +104,7 @@ cdef class Processor:
 
     cdef void loop(self) noexcept nogil:
         cdef int what, looks = 0, _i
-        cdef uint64_t now = 0
+        cdef uint64_t now = 0, until
         add32(&self.watch.active, 1)
         while not load32(&self.watch.stopping):
             what = self.look(&now)
@@ -111,6 +112,11 @@ cdef class Processor:
                 looks = 0
                 if what & LONG and load32(&self.watch.active) < self.cores:
                     call_one(&self.watch)
+                if what & STREAM:
+                    # Each look takes the doorbell's cache line away from its writer, who needs it for every command.
+                    until = clock_ns() + STREAM_NS
+                    while clock_ns() < until:
+                        pause_cpu()
                 continue
             looks += 1
             if self.count > 1 and looks >= (MANY_LOOKS if what & BUSY else LAST_LOOKS) and park(&self.watch):
@@ -127,7 +133,7 @@ cdef class Processor:
         add32(&self.watch.active, <uint32_t> -1)
 
     cdef int look(self, uint64_t *now) noexcept nogil:
-        """Go round all devices: what `serve` returned, in sum; LONG only where others moved too."""
+        """Go round all devices: what `serve` returned, in sum; LONG only where others moved too, STREAM only where not."""
         cdef int count = load32(&self.count), what = 0, one, i, moved = 0
         for i in range(count):
             one = serve_one(self.fronts[i], now)
@@ -135,6 +141,8 @@ cdef class Processor:
             what |= one
         if moved < 2:
             what &= ~LONG
+        else:
+            what &= ~STREAM
         return what
 
     cdef bint doze(self, uint64_t now, bint busy) noexcept nogil:

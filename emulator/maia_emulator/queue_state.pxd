@@ -91,6 +91,7 @@ cdef struct queue_t:
     uint64_t published_ns
     uint64_t since_ns       # when the command under way was first found not to go on at once; 0: it was not
     uint32_t tail           # the doorbell as last seen
+    uint32_t streak         # commands found since a look at it was in vain
     uint32_t report_tail
     uint32_t report_head    # as last seen
     uint64_t arm

@@ -22,6 +22,7 @@ cdef enum:                  # what `serve` found; a sum
     AWAKE = 4
     BUSY = 8                # somebody else holds it
     PEERS = 16              # with AWAKE: it reaches other devices
+    STREAM = 32             # with WORKED: one queue, whose driver keeps ringing for a few commands
 
 cdef enum:                  # ERRORS
     ERROR_FAULT = 1
@@ -64,6 +65,7 @@ cdef class FrontEnd:
     cdef uint64_t links_due     # when the first of the commands that links hold goes on
     cdef uint64_t idle_since
     cdef bint yielded           # in this round a command went on in pieces
+    cdef bint stream            # in this round one queue moved, whose driver keeps ringing for a few commands
     cdef uint32_t sleeping      # 0 while awake, else this sleep's number
     cdef uint32_t sleep_number
     cdef uint32_t woken         # times that WAKE was written

@@ -107,6 +107,8 @@ cdef enum:
     DOORBELL_PAGE = 4096
     MAX_LEVEL = 255
     TURN = 64               # commands a queue may run before the next queue's turn
+    STREAK = 16             # commands without a look in vain between them, from which on a driver streams
+    FEW = 32                # commands of one look, from which on it is worth its cost
 
 
 cdef char *translate(DeviceMemory memory, window_t *window, uint64_t address, uint64_t size, bint write) noexcept nogil:
@@ -207,7 +209,7 @@ cdef class FrontEnd:
         if self.round():
             self.counters.busy_ns_command += clock_ns() - begun
             self.get_up()
-            return WORKED | LONG if self.yielded else WORKED
+            return WORKED | (LONG if self.yielded else STREAM if self.stream else 0)
         if self.asleep:
             self.look_at = self.next_look()
             return 0
@@ -240,10 +242,9 @@ cdef class FrontEnd:
 
     cdef bint round(self) noexcept nogil:
         """One look at every queue; True where any of them moved."""
-        cdef bint moved = False
-        cdef uint32_t i
+        cdef uint32_t i, moved = 0
         self.blocked = 0
-        self.yielded = False
+        self.yielded = self.stream = False
         self.links_due = <uint64_t> -1
         self.launched = 0
         self.claimed = self.claims = 0
@@ -252,11 +253,13 @@ cdef class FrontEnd:
             return False
         pthread_rwlock_rdlock(&self.memory.dma.lock)
         for i in range(self.live_count):
-            moved = self.service(&self.queues[self.live[i]]) or moved
+            moved += self.service(&self.queues[self.live[i]])
             if self.gone:
                 break
         pthread_rwlock_unlock(&self.memory.dma.lock)
-        return moved
+        if moved > 1:
+            self.stream = False
+        return moved > 0
 
     cdef bint lie_down(self) noexcept nogil:
         """Fall asleep, unless a last look finds something to do: True then."""
@@ -311,7 +314,7 @@ cdef class FrontEnd:
         """Take a queue as far as it goes, or a turn's worth; True where it moved."""
         cdef bint moved = False, backwards
         cdef uint32_t tail
-        cdef int _turn, step
+        cdef int turn, step
         cdef uint64_t arm
         if q.priority < self.level:
             # What queues of larger priority wait for is not for this one.
@@ -329,11 +332,13 @@ cdef class FrontEnd:
                 if backwards:
                     self.stop_here(q, FAULT_DOORBELL, tail)
                     moved = True
-            for _turn in range(TURN):
+            for turn in range(TURN):
                 if q.state != RUNNING:
                     break
                 if q.stage == EMPTY:
                     if q.tail == <uint32_t> q.head:
+                        q.streak = min(q.streak + turn, <uint32_t> STREAK) if turn else 0
+                        self.stream |= q.streak == STREAK and turn < FEW
                         break
                     if q.tail - <uint32_t> q.head > q.mask + 1 or q.tail - <uint32_t> q.retired > q.mask + 1:
                         self.fail_here(q, FAULT_DOORBELL, q.tail)
