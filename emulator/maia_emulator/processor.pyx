@@ -133,7 +133,7 @@ cdef class Processor:
         add32(&self.watch.active, <uint32_t> -1)
 
     cdef int look(self, uint64_t *now) noexcept nogil:
-        """Go round all devices: what `serve` returned, in sum; LONG only where others moved too, STREAM only where not."""
+        """Go round all devices: what `serve` returned, in sum; LONG only if others moved too, STREAM only if not."""
         cdef int count = load32(&self.count), what = 0, one, i, moved = 0
         for i in range(count):
             one = serve_one(self.fronts[i], now)

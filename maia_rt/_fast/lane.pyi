@@ -1,7 +1,8 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maia_rt._fast.ring import Account, Ring
+from maia_rt._fast.way import Way
 
 def known_words(kernel: Any, checks: list[Any], args: tuple[Any, ...]) -> tuple[int | float, ...] | None: ...
 
@@ -17,6 +18,7 @@ class Lane:
     device: Any
     _capture: Any
     _watched: bool
+    _ways: Mapping[Any, Way]
     _account: Account
     _queue: Any
     _ring: Ring

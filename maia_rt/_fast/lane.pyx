@@ -17,6 +17,7 @@ from maia_rt._fast.ring cimport (
     Ring_semaphores,
 )
 from maia_rt._fast.sites cimport note_site
+from maia_rt._fast.way cimport Way
 
 from maia_rt._fast.ring import QueueStopped
 
@@ -82,10 +83,13 @@ cdef class Lane:
         What takes this stream's commands while it is captured into a graph.
     _watched : bool
         Whether a validator looks at each command.
+    _ways : dict
+        By other device, the :class:`Way` there.
     """
 
     cdef public object device, _capture
     cdef public bint _watched
+    cdef public dict _ways
     cdef readonly Account _account
     cdef readonly Ring _ring
     cdef readonly object _queue
@@ -156,18 +160,26 @@ cdef class Lane:
         return Lane_publish(self, slot)
 
     def _copy_whole(self, dst, src):
-        """Submit a copy of memory of this device to as much of it; False where that takes a second look."""
+        """Submit a copy within this device, or to or from a peer; False where that takes a second look."""
         cdef Extent to, at
+        cdef uint64_t target, source
         cdef command_t *slot
         if self._watched or self._capture is not None or not isinstance(dst, Extent) or not isinstance(src, Extent):
             return False
         to, at = <Extent>dst, <Extent>src
-        if (to._run == 0 or to._run != at._run or to.readonly or to.device is not self.device
-                or at.device is not self.device or (to if to._parent is None else to._parent)._closed
+        if (to._run == 0 or to._run != at._run or to.readonly
+                or (to.device is not self.device and at.device is not self.device)):
+            return False
+        # First, for it may wait, and what is looked at below must hold until the doorbell.
+        slot = Lane_slot(self)
+        if ((to if to._parent is None else to._parent)._closed
                 or (at if at._parent is None else at._parent)._closed):
             return False
-        slot = Lane_slot(self)
-        Ring_encode(slot, OPCODE_COPY, FLAG_BARRIER, 0, at._address, to._address, to._run)
+        target = to._address if to.device is self.device else Lane_reach(self, to)
+        source = at._address if at.device is self.device else Lane_reach(self, at)
+        if target == 0 or source == 0:
+            return False
+        Ring_encode(slot, OPCODE_COPY, FLAG_BARRIER, 0, source, target, to._run)
         Lane_publish(self, slot)
         return True
 
@@ -283,6 +295,12 @@ cdef command_t *Lane_slot(Lane self) except NULL:
             Ring_prepare(ring, self._timeout_ns)
         except QueueStopped:
             self._queue.repair()
+
+
+cdef inline uint64_t Lane_reach(Lane self, Extent memory):
+    """Where the device finds memory of a peer; 0 where that takes a second look."""
+    way = self._ways.get(memory.device)
+    return 0 if way is None else (<Way>way).reach(memory._address, memory._run)
 
 
 cdef inline object Lane_publish(Lane self, command_t *slot):

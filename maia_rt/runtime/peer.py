@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from maia_rt._fast.way import Way
 from maia_rt.errors import (
     ClosedError,
     DeviceFault,
@@ -49,7 +50,7 @@ _REFUSED: Final = (Unsupported, TransportError, ResourceExhausted, InvalidArgume
 """What says that a device cannot have the other's memory mapped. DeviceLost and ClosedError say something else."""
 
 
-class PeerPath:
+class PeerPath(Way):
     """The way from a device to a peer's memory and semaphores; made by :meth:`maia_rt.Device.peer`.
 
     It goes one way in the sense that `device` does the work: it reads from and writes to `other`.
@@ -187,6 +188,9 @@ class PeerPath:
             self._bandwidth = measure(self)
         else:
             self._kind, self._why = "direct", ""
+            capabilities = self.other.capabilities
+            self._make_plain(self._hbm, capabilities.hbm_base, capabilities.hbm_bytes,
+                             (self.device.transport.liveness_fd, self.other.transport.liveness_fd))
 
     def _map(self) -> None:
         """Have the peer's HBM, and its semaphore window, mapped for the device."""
@@ -221,6 +225,7 @@ class PeerPath:
         return iova
 
     def _stage(self, why: str) -> None:
+        self._make_special()
         self._why = why
         self._kind = "staged"
 
@@ -282,6 +287,7 @@ class PeerPath:
 
     def _close(self, deadline: float) -> None:
         self._closed = True
+        self._make_special()
         if not self.device.closed:
             with contextlib.suppress(MaiaError):
                 self._settle(deadline)
@@ -304,13 +310,18 @@ class PeerTable:
     device : Device
     every : int
         One of so many copies is checked, 0 for none.
+
+    Attributes
+    ----------
+    ways : dict
+        By other device, the path there.
     """
 
     def __init__(self, device: Device, every: int) -> None:
         self._device = device
         self._every = every
         self._lock = threading.Lock()
-        self._paths: dict[Device, PeerPath] = {}
+        self.ways: dict[Device, PeerPath] = {}
         self._into: tuple[PeerPath, ...] = ()
 
     def to(self, other: Device) -> PeerPath:
@@ -318,14 +329,14 @@ class PeerTable:
         if other is self._device:
             raise InvalidArgument(f"{other.name} is not its own peer", hint="copy with its own streams")
         other._require_open()
-        path = self._paths.get(other)
+        path = self.ways.get(other)
         if path is None:
             with self._lock:
-                path = self._paths.get(other)
+                path = self.ways.get(other)
                 if path is None:
                     path = PeerPath(self._device, other, self._every)
                     other._peers._add(path)
-                    self._paths[other] = path
+                    self.ways[other] = path
         path._open()
         return path
 
@@ -334,7 +345,7 @@ class PeerTable:
 
     def __iter__(self) -> Iterator[PeerPath]:
         """Yield the paths from this device."""
-        return iter(list(self._paths.values()))
+        return iter(list(self.ways.values()))
 
     def queues(self) -> list[QueuePair]:
         """Return the queues whose commands may use this device's memory, of other devices."""
@@ -348,8 +359,9 @@ class PeerTable:
         """Have every path proven anew: the device is about to be reset. Waits for what others have under way."""
         for path in self._into:
             path._settle(deadline)
-        for path in (*self._into, *self._paths.values()):
+        for path in (*self._into, *self.ways.values()):
             path._link.forget()
+            path._make_special()
             path._kind = None
 
     def close(self, deadline: float) -> None:
@@ -358,13 +370,13 @@ class PeerTable:
         for path in into:
             path.device._peers._forget(path)
             path._close(deadline)
-        for path in list(self._paths.values()):
+        for path in list(self.ways.values()):
             path.other._peers._into = tuple(one for one in path.other._peers._into if one is not path)
             path._close(deadline)
-        self._paths.clear()
+        self.ways.clear()
 
     def _forget(self, path: PeerPath) -> None:
-        self._paths.pop(path.other, None)
+        self.ways.pop(path.other, None)
 
 
 def _is_gone(device: Device) -> bool:

@@ -107,6 +107,7 @@ class Stream(Lane):
         super().__init__(account, queue, int(timeout * 1e9))
         self.device = device
         self._watched = device._validator is not None
+        self._ways = device._peers.ways
         self.timeout = timeout
         self.priority = priority
         self.clusters = clusters

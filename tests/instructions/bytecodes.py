@@ -40,6 +40,8 @@ def paths(stack, device):
     stream, other = (stack.enter_context(device.create_stream()) for _ in range(2))
     here, there = (stack.enter_context(device.allocate(64)) for _ in range(2))
     pinned = stack.enter_context(device.allocate_host(64))
+    far = stack.enter_context(stack.enter_context(maia_rt.open("emulated")).allocate(64))
+    stream.copy(far, here)
     semaphore = stack.enter_context(device.create_semaphore())
     event = stream.record()
     with stream.capture() as capture:
@@ -48,6 +50,7 @@ def paths(stack, device):
     graph = stack.enter_context(capture.instantiate())
     found = {
         "copy, device to device": lambda: stream.copy(there, here),
+        "copy, device to peer": lambda: stream.copy(far, here),
         "copy, pinned memory to device": lambda: stream.copy(here, pinned),
         "fill": lambda: stream.fill(here, 0),
         "record an event": lambda: stream.record(event),

@@ -82,7 +82,13 @@ def test_a_device_is_not_its_own_peer_and_others_objects_are_refused(two):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_path_ends_with_either_device(two, which):
     path, back = two[0].peer(two[1]), two[1].peer(two[0])
-    two[which].close()
+    near, far = (device.allocate(64) for device in (two[1 - which], two[which]))
+    with two[1 - which].create_stream() as stream:
+        stream.copy(far, near)
+        two[which].close()
+        for dst, src in ((near, far), (far, near)):
+            with pytest.raises(ClosedError):
+                stream.copy(dst, src)
     assert path.closed and back.closed
     for one in (path, back):
         with pytest.raises(ClosedError, match="has been closed"):
@@ -96,8 +102,15 @@ def test_a_path_ends_with_either_device(two, which):
 def test_a_peer_that_died_is_named(apart):
     one, other = apart
     path = one.peer(other)
-    other._emulator._process.kill()
-    other._emulator._process.wait()
+    near, far = one.allocate(64), other.allocate(64)
+    with one.create_stream() as stream:
+        assert stream.copy(near, far) is maia_rt.CopyPath.DIRECT
+        other._emulator._process.kill()
+        other._emulator._process.wait()
+        for dst, src in ((near, far), (far, near)):
+            with pytest.raises(DeviceLost, match="a peer of"):
+                stream.copy(dst, src)
+        stream.copy(near, bytes(64))
     with pytest.raises(DeviceLost, match="a peer of"):
         path.address(other.capabilities.hbm_base)
     with pytest.raises(DeviceLost, match="a peer of"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from maia_tools.bench.measurement import Measurement, each
 from maia_tools.bench.subject import Subject
-from maia_tools.bench.transfers import memcpy
+from maia_tools.bench.transfers import memcpy, rounds
 from maia_tools.output import bytes_text
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def _copy(subject: Subject, other: Device, size: int) -> Measurement:
     stream.copy(far, near)
     stream.synchronize()
 
-    def run() -> None:
+    def once() -> None:
         stream.copy(far, near)
         stream.synchronize()
 
-    kind = other.peer(subject.device).kind
-    return Measurement(f"copy {bytes_text(size)} to a peer ({kind})", 1, run, subject.settle, nbytes=size,
-                       reference=f"memcpy {bytes_text(size)}", series=("device to peer", size))
+    kind, count = other.peer(subject.device).kind, rounds(size)
+    return Measurement(f"copy {bytes_text(size)} to a peer ({kind})", count, lambda: each(count, once), subject.settle,
+                       nbytes=size, reference=f"memcpy {bytes_text(size)}", series=("device to peer", size))
 
 
 def _exchange(subject: Subject, other: Device) -> Measurement:

@@ -45,7 +45,7 @@ def _copies(subject: Subject, size: int) -> list[Measurement]:
     pinned = stack.enter_context(device.allocate_host(size))
     plain = np.ones(size, np.uint8)
     pinned.array[:] = 1
-    count = _count(size)
+    count = rounds(size)
     found = [memcpy(size)]
     for name, dst, src in (
         ("host to device, plain", buffer, plain), ("device to host, plain", plain, buffer),
@@ -58,12 +58,13 @@ def _copies(subject: Subject, size: int) -> list[Measurement]:
 
 def memcpy(size: int) -> Measurement:
     """What the machine itself takes to copy so many bytes."""
-    both, count = Memcpy(size), _count(size)
+    both, count = Memcpy(size), rounds(size)
     return Measurement(f"memcpy {bytes_text(size)}", count, lambda: each(count, both.copy), nbytes=size,
                        series=("memcpy", size))
 
 
-def _count(size: int) -> int:
+def rounds(size: int) -> int:
+    """How often a copy of so many bytes is made in one sample."""
     return max(2, min(64, (8 << 20) // size))
 
 
