@@ -75,6 +75,8 @@ def _collectives(subject: Subject, ranks: Communicator, size: int) -> list[Measu
     halves, sends, recvs = buffers(size // 2), buffers(size), buffers(size)
     calls: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: ranks.all_reduce(sends, recvs), "all_gather": lambda: ranks.all_gather(halves, recvs)}
-    return [Measurement(f"{name} {bytes_text(size)}, 2 devices, and wait", 1, lambda call=call: call().synchronize(),
+    count = rounds(size)
+    return [Measurement(f"{name} {bytes_text(size)}, 2 devices, and wait", count,
+                        lambda call=call: each(count, lambda: call().synchronize()),
                         subject.settle, nbytes=size, reference=f"memcpy {bytes_text(size)}", series=(name, size))
             for name, call in calls.items()]
