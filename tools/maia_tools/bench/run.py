@@ -76,8 +76,7 @@ def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[st
                 for m in found:
                     m.sample()
                     if number == 0:
-                        m.samples.clear()
-        medians = {m.name: m.median for m in found}
+                        m.rounds.clear()
         identity = device.identity
         return {
             "device": {"name": device.name, "model": identity.model, "firmware": identity.firmware,
@@ -86,7 +85,7 @@ def measure(selector: str | None, rounds: int, groups: Sequence[str]) -> dict[st
                      "processor": processor(), "python": platform.python_version(), "kernel": platform.release()},
             "rounds": rounds,
             "pinned": bool(cores.others),
-            "results": [m.data(medians) for m in found],
+            "results": [m.data(named) for m in found],
         }
 
 
